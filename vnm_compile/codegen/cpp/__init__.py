@@ -1,0 +1,1 @@
+"""Sparse kernels in C++ for CPUs: templates, their lowering and their choices."""

@@ -1,0 +1,1 @@
+"""Sparse kernels in Triton for GPUs: templates, their lowering and their choices."""

@@ -1,0 +1,1 @@
+"""Lowering of the vnm ops on this device: each function returns an Inductor node, or None for the reference."""

@@ -1,0 +1,260 @@
+"""The canonical V:N:M arrays: packing, unpacking, checking and finding the pattern.
+
+Letters, here and everywhere: a weight is `[O, K]`; R is O rounded up to a multiple of V, G = ceil(K / M).
+
+    values   [R, G*N]            the weight's dtype
+    metadata [R, ceil(G*N / 4)]  uint8, four 2-bit indices a byte, the first value's in the low bits
+    columns  [R/V, G, 4]         uint8 (uint16 when M > 256), offsets in [0, M), strictly increasing
+
+An index says which of the block's 4 kept columns a value stands in. Inside a group the indices of a row are
+strictly increasing; a row with fewer than N non-zeros is filled with zero values at unused indices. The offsets of
+the tail group (K mod M real columns) may point past K where fewer than 4 columns are real: the values there are
+zero, and a kernel must not read the activation there.
+
+Everything is vectorised; the loops below are over a handful of candidates, never over rows or groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vnm_compile.errors import at_layer
+from vnm_compile.spec import KEPT_COLUMNS, Spec
+
+DETECTED_V = (256, 128, 64, 32, 16, 8, 1)
+DETECTED_M = range(4, 257)
+_SAMPLED_ROWS = 64
+
+
+class Packed(NamedTuple):
+    """The three canonical arrays of one weight."""
+
+    values: Tensor
+    metadata: Tensor
+    columns: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three arrays."""
+        return sum(array.numel() * array.element_size() for array in self)
+
+
+def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:
+    """Return the canonical arrays of a weight that follows `spec`.
+
+    Args:
+        weight: `[O, K]`, any dtype and device, any strides. -0.0 counts as zero, NaN as a non-zero.
+        spec: the pattern.
+        layer: name that an error message starts with.
+
+    Raises:
+        VNMError: the weight is not 2-D, or breaks the pattern; the message shows the first block that does.
+    """
+    blocks = _as_blocks(weight, spec, layer)  # [B, V, G, M]
+    used = _used_columns(blocks)  # [B, G, M]
+    columns = _first_flagged(used, KEPT_COLUMNS)  # [B, G, 4]
+    kept = blocks.gather(3, columns.unsqueeze(1).expand(-1, spec.v, -1, -1))  # [B, V, G, 4]
+    nonzero = _nibbles(kept != 0)  # [B, V, G], one bit a kept column
+    too_many_columns = (used.sum(-1) > KEPT_COLUMNS).any()
+    if too_many_columns or (_table(_BITS, nonzero) > spec.n).any():
+        raise _violation(weight, spec, layer)
+    indices = _table(_FIRST_TWO[spec.n], nonzero).view(*nonzero.shape, spec.n)  # [B, V, G, N]
+    values = kept.gather(3, indices.long())
+    values = torch.where(values == 0, torch.zeros_like(values), values)  # -0.0 is stored as 0.0
+    rows, groups = blocks.shape[0] * spec.v, blocks.shape[2]
+    return Packed(
+        values.reshape(rows, groups * spec.n),
+        _pack_indices(indices.reshape(rows, groups * spec.n)),
+        columns.to(spec.column_dtype),
+    )
+
+
+def unpack(packed: Packed, spec: Spec, out_features: int, in_features: int) -> Tensor:
+    """Return the dense weight `[O, K]` of canonical arrays, bit for bit what was packed (with -0.0 as 0.0)."""
+    values, _, columns = packed
+    rows, groups = spec.rows(out_features), spec.groups(in_features)
+    per_block = (rows // spec.v, spec.v, groups, spec.n)
+    chosen = unpack_indices(packed.metadata, groups * spec.n).reshape(per_block)
+    offsets = columns.long().unsqueeze(1).expand(-1, spec.v, -1, -1).gather(3, chosen.long())
+    dense = values.new_zeros(*per_block[:3], spec.m)
+    dense.scatter_(3, offsets, values.reshape(per_block))
+    return dense.view(rows, groups * spec.m)[:out_features, :in_features].contiguous()
+
+
+def unpack_indices(metadata: Tensor, count: int) -> Tensor:
+    """Return the 2-bit indices of `metadata` `[R, ceil(count / 4)]` as uint8 `[R, count]`."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=metadata.device)
+    return ((metadata.unsqueeze(-1) >> shifts) & 3).flatten(1)[:, :count]
+
+
+def matches(weight: Tensor, spec: Spec | str) -> bool:
+    """Whether every non-zero of `weight` `[O, K]` stands where `spec` allows one.
+
+    Raises:
+        VNMError: the weight is not 2-D.
+    """
+    spec = Spec.parse(spec)
+    _check_matrix(weight, None)
+    nonzero = weight != 0
+    return _rows_fit(nonzero, spec.m) <= spec.n and spec.v in _matching_v(nonzero, spec.m, (spec.v,))
+
+
+def detect(weight: Tensor) -> Spec | None:
+    """Return the pattern that `weight` `[O, K]` follows, or None.
+
+    Candidates are N in {1, 2}, M from 4 to 256 and V in {1, 8, 16, 32, 64, 128, 256}. The smallest density that
+    fits is taken, then the largest V, then the smallest M; a V above O or an M above K would only store padding.
+    V = 1 alone means N:M inside every row.
+
+    Raises:
+        VNMError: the weight is not 2-D.
+    """
+    _check_matrix(weight, None)
+    out_features, in_features = weight.shape
+    if weight.numel() == 0:
+        return None
+    nonzero = weight != 0
+    count = int(nonzero.sum())
+    # Rows from all over the matrix reject almost every candidate at a small cost.
+    sample = nonzero[:: max(1, out_features // _SAMPLED_ROWS)]
+    for n, m in _candidates(in_features):
+        if count > out_features * -(-in_features // m) * n:
+            continue
+        if _rows_fit(sample, m) <= n and _rows_fit(nonzero, m) <= n:
+            fitting = _matching_v(nonzero, m, tuple(v for v in DETECTED_V if v <= out_features))
+            return Spec(max(fitting), n, m)
+    return None
+
+
+def _candidates(in_features: int) -> list[tuple[int, int]]:
+    """(n, m) pairs worth trying on this many columns, smallest density first, then smallest m."""
+    pairs = ((n, m) for n in (1, 2) for m in DETECTED_M if m <= max(KEPT_COLUMNS, in_features))
+    return sorted(pairs, key=lambda pair: (pair[0] / pair[1], pair[1]))
+
+
+def _rows_fit(nonzero: Tensor, m: int) -> int:
+    """Largest number of non-zeros in a row's group of m columns. `nonzero`: bool [O, K]."""
+    padded = _pad(nonzero, 1, m)
+    groups = padded.reshape(padded.shape[0], padded.shape[1] // m, m)
+    return int(groups.sum(-1, dtype=torch.int32).max()) if groups.numel() else 0
+
+
+def _matching_v(nonzero: Tensor, m: int, candidates: tuple[int, ...]) -> set[int]:
+    """The v of `candidates` at which no block of v rows and m columns uses more than 4 columns."""
+    fitting: set[int] = set()
+    finest: tuple[int, Tensor] = (1, nonzero.view(torch.uint8))
+    for v in sorted(candidates):
+        if v == 1:
+            used = finest[1]
+        else:
+            # A block of v rows is the union of smaller blocks where they divide it.
+            start, rows = finest if v % finest[0] == 0 else (1, nonzero.view(torch.uint8))
+            padded = _pad(rows, 0, v // start)
+            used = padded.reshape(padded.shape[0] // (v // start), v // start, padded.shape[1]).amax(1)
+            finest = (v, used)
+        per_block = _rows_fit(used.view(torch.bool), m)
+        if per_block <= KEPT_COLUMNS:
+            fitting.add(v)
+        else:
+            break  # a larger block uses at least as many columns, where it is a union of these
+    return fitting
+
+
+def _check_matrix(weight: Tensor, layer: str | None) -> None:
+    if weight.dim() != 2:
+        raise at_layer(layer, f"a V:N:M weight has 2 dimensions [out, in]; this one has shape {list(weight.shape)}.")
+
+
+def _as_blocks(weight: Tensor, spec: Spec, layer: str | None) -> Tensor:
+    """[O, K] as [B, V, G, M], padded with zeros at the tails."""
+    _check_matrix(weight, layer)
+    padded = _pad(_pad(weight.detach(), 0, spec.v), 1, spec.m)
+    return padded.reshape(padded.shape[0] // spec.v, spec.v, padded.shape[1] // spec.m, spec.m)
+
+
+def _pad(tensor: Tensor, dim: int, multiple: int) -> Tensor:
+    """Pad `dim` of a matrix with zeros up to a multiple; no copy where nothing is missing."""
+    missing = -tensor.shape[dim] % multiple
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def _used_columns(blocks: Tensor) -> Tensor:
+    """Which columns of a block have a non-zero: [B, V, G, M] to bool [B, G, M]."""
+    b, v, g, m = blocks.shape
+    nonzero = (blocks != 0).view(torch.uint8).view(b, v, g * m)
+    return nonzero.amax(1).view(b, g, m).view(torch.bool)
+
+
+def _first_flagged(flags: Tensor, count: int) -> Tensor:
+    """Positions of the first `count` set flags of the last dimension, in order; unset ones fill up from the left."""
+    size = flags.shape[-1]
+    position = torch.arange(size, device=flags.device, dtype=torch.int32)
+    order = torch.where(flags, position, position + size)
+    return order.topk(count, dim=-1, largest=False).values.remainder(size).sort(-1).values.long()
+
+
+def _nibbles(flags: Tensor) -> Tensor:
+    """bool [..., 4] to uint8 [...], flag i in bit i."""
+    # The product moves the four 0/1 bytes of an int32 into neighbouring bits of its top byte.
+    word = flags.contiguous().view(torch.int32).squeeze(-1)
+    return ((word * 0x01020408) >> 24 & 15).to(torch.uint8)
+
+
+def _table(rows: Tensor, code: Tensor) -> Tensor:
+    return rows.to(code.device).index_select(0, code.flatten().int()).view(*code.shape, *rows.shape[1:])
+
+
+def _first_two(n: int) -> Iterator[list[int]]:
+    """For each 4-bit mask the indices of its first n set bits, filled up with unset ones, in increasing order."""
+    for mask in range(16):
+        flagged = [i for i in range(4) if mask >> i & 1]
+        unused = [i for i in range(4) if not mask >> i & 1]
+        yield sorted((flagged + unused)[:n])
+
+
+_BITS = torch.tensor([mask.bit_count() for mask in range(16)], dtype=torch.uint8)
+_FIRST_TWO = {n: torch.tensor(list(_first_two(n)), dtype=torch.uint8) for n in (1, 2)}
+
+
+def _pack_indices(indices: Tensor) -> Tensor:
+    """uint8 [R, G*N], values 0 to 3, to uint8 [R, ceil(G*N / 4)], the first in the low bits."""
+    padded = _pad(indices, 1, 4)
+    quads = padded.reshape(padded.shape[0], padded.shape[1] // 4, 4)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def _violation(weight: Tensor, spec: Spec, layer: str | None) -> Exception:
+    """The error that shows the first block that breaks the pattern."""
+    blocks = _as_blocks(weight, spec, layer) != 0
+    too_many = blocks.any(1).sum(-1) > KEPT_COLUMNS  # [B, G]
+    if too_many.any():
+        block, group = (int(i) for i in too_many.nonzero()[0])
+        count = int(blocks[block, :, group].any(0).sum())
+        what = (
+            f"block rows {block * spec.v}-{min((block + 1) * spec.v, weight.shape[0]) - 1}, "
+            f"columns {_span(group, spec, weight)} has {count} non-zero columns ({KEPT_COLUMNS} allowed)"
+        )
+    else:
+        per_row = blocks.sum(-1).flatten(0, 1)  # [R, G]
+        row, group = (int(i) for i in (per_row > spec.n).nonzero()[0])
+        what = (
+            f"row {row}, columns {_span(group, spec, weight)} has {int(per_row[row, group])} non-zeros "
+            f"({spec.n} allowed)"
+        )
+    return at_layer(
+        layer,
+        f"weight {list(weight.shape)} is not {spec}: {what}. "
+        f'Run vnm.sparsify(model, "{spec}") or exclude this layer.',
+    )
+
+
+def _span(group: int, spec: Spec, weight: Tensor) -> str:
+    return f"{group * spec.m}-{min((group + 1) * spec.m, weight.shape[1]) - 1}"

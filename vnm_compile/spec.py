@@ -1,0 +1,108 @@
+"""The V:N:M pattern: three numbers, and what follows from them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import comb, log
+
+import torch
+
+from vnm_compile.errors import VNMError
+
+KEPT_COLUMNS = 4
+"""Columns that a V x M block keeps. Four, so that what is left is N:4, which sparse tensor cores know."""
+
+_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*:\s*(\d+)\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A V:N:M sparsity pattern, written `"V:N:M"`.
+
+    A weight `[out_features O, in_features K]` is cut into blocks of `v` rows and `m` columns. Each block keeps 4
+    of its columns, shared by its rows, and inside them each row keeps `n` values. The density is `n / m`.
+    `m == 4` is plain N:4 sparsity; `v` is then without effect.
+
+    Source: VENOM, arXiv 2310.02065, section 3.
+
+    Raises:
+        VNMError: `v < 1`, `n` not 1 or 2, or `m` outside 4 to 65536.
+
+    >>> Spec.parse("64:2:8").density
+    0.25
+    """
+
+    v: int
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        for name in ("v", "n", "m"):
+            if not isinstance(getattr(self, name), int):
+                raise VNMError(f"{name} is {getattr(self, name)!r}; a V:N:M pattern takes three integers.")
+        if self.v < 1:
+            raise VNMError(f"v={self.v}: a block needs at least one row; use 1, 16, 32, 64 or 128.")
+        if self.n not in (1, 2):
+            raise VNMError(f"n={self.n}: a row keeps 1 or 2 of the 4 columns that its block keeps.")
+        if not 4 <= self.m <= 65536:
+            raise VNMError(f"m={self.m}: a block keeps 4 of its m columns, so m is at least 4 (and at most 65536).")
+
+    @classmethod
+    def parse(cls, text: str | Spec) -> Spec:
+        """Return the spec that `text` ("64:2:8") names; a `Spec` is returned as it is.
+
+        Raises:
+            VNMError: the text is not three integers with colons between them.
+        """
+        if isinstance(text, Spec):
+            return text
+        found = _TEXT.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise VNMError(f'{text!r} is not a V:N:M pattern; write three integers, such as "64:2:8".')
+        return cls(*map(int, found.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.v}:{self.n}:{self.m}"
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that the pattern keeps, `n / m`."""
+        return self.n / self.m
+
+    @property
+    def column_dtype(self) -> torch.dtype:
+        """The dtype of `columns`: uint8, or uint16 where an offset does not fit (m > 256)."""
+        return torch.uint8 if self.m <= 256 else torch.uint16
+
+    def rows(self, out_features: int) -> int:
+        """Rows that are stored for a weight of `out_features` rows: R, a multiple of `v`."""
+        return -(-out_features // self.v) * self.v
+
+    def groups(self, in_features: int) -> int:
+        """Column groups of a weight of `in_features` columns: G. The last one may be a tail."""
+        return -(-in_features // self.m)
+
+    def packed_shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of `values`, `metadata` and `columns` for a weight of this size."""
+        rows, groups = self.rows(out_features), self.groups(in_features)
+        return (
+            (rows, groups * self.n),
+            (rows, -(-groups * self.n // 4)),
+            (rows // self.v, groups, KEPT_COLUMNS),
+        )
+
+    def nbytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+        """Bytes that a packed weight of this size and dtype takes: values, metadata and columns, nothing else."""
+        values, metadata, columns = (
+            torch.Size(shape).numel() for shape in self.packed_shapes(out_features, in_features)
+        )
+        return values * dtype.itemsize + metadata + columns * self.column_dtype.itemsize
+
+    def log_mask_diversity(self, out_features: int, in_features: int) -> float:
+        """Natural logarithm of the number of masks that the pattern allows on a weight of this size.
+
+        Source: "Beyond 2:4", arXiv 2410.16135, section 4.
+        """
+        blocks = (out_features / self.v) * (in_features / self.m)
+        return blocks * (log(comb(self.m, KEPT_COLUMNS)) + self.v * log(comb(KEPT_COLUMNS, self.n)))
