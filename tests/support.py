@@ -1,0 +1,45 @@
+"""What several tests need: random sparse weights and float64 references."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vnm_compile.spec import Spec
+
+
+def random_sparse(
+    out_features: int, in_features: int, spec: Spec | str, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
+    """A random weight `[out_features, in_features]` that follows `spec`, kept columns and values all drawn at random."""
+    spec = Spec.parse(spec)
+    generator = torch.Generator().manual_seed(seed)
+    rows, groups = spec.rows(out_features), spec.groups(in_features)
+    per_block = (rows // spec.v, spec.v, groups)
+    columns = torch.rand(per_block[0], groups, spec.m, generator=generator).topk(4, -1).indices
+    chosen = torch.rand(*per_block, 4, generator=generator).topk(spec.n, -1).indices
+    offsets = columns.unsqueeze(1).expand(-1, spec.v, -1, -1).gather(3, chosen)
+    values = torch.randn(*per_block, spec.n, generator=generator)
+    dense = torch.zeros(*per_block, spec.m).scatter_(3, offsets, values)
+    return dense.view(rows, groups * spec.m)[:out_features, :in_features].to(dtype).contiguous()
+
+
+def make_sparse_(module: torch.nn.Module, spec: Spec | str, seed: int = 0) -> torch.nn.Module:
+    """Give every nn.Linear of `module` a random weight that follows `spec`, scaled as it would be initialised."""
+    for i, layer in enumerate(m for m in module.modules() if isinstance(m, torch.nn.Linear)):
+        weight = random_sparse(layer.out_features, layer.in_features, spec, layer.weight.dtype, seed + i)
+        with torch.no_grad():
+            layer.weight.copy_(weight * layer.in_features**-0.5)
+    return module
+
+
+def assert_as_accurate_as_dense(actual: Tensor, dense: Tensor, reference: Tensor, slack: float = 1.1) -> None:
+    """Promise 1: the error against float64 is at most `slack` times that of the dense kernel of the same dtype.
+
+    Both errors are largest absolute differences. One unit in the last place of the largest reference value is allowed
+    on top, for cases in which the dense kernel happens to be exact.
+    """
+    error = (actual.double() - reference).abs().max().item()
+    allowed = slack * (dense.double() - reference).abs().max().item()
+    unit = torch.finfo(dense.dtype).eps * reference.abs().max().item()
+    assert error <= allowed + unit, f"error {error:.3g}, the dense kernel's is {allowed / slack:.3g}"
