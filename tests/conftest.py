@@ -21,7 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--update-golden") and os.environ.get("CI"):
-        raise pytest.UsageError("--update-golden is refused in CI: regenerate on your machine and review the diff.")
+        raise pytest.UsageError(
+            "--update-golden is refused in CI: regenerate on your machine and review the diff."
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -55,7 +57,9 @@ def golden(request: pytest.FixtureRequest):
             path.write_text(text)
             pytest.fail(f"golden {name} rewritten: review the diff, then run again without --update-golden")
         assert path.exists(), f"golden {name} is missing; run pytest --update-golden"
-        assert text == path.read_text(), f"golden {name} differs; run pytest --update-golden and review the diff"
+        assert text == path.read_text(), (
+            f"golden {name} differs; run pytest --update-golden and review the diff"
+        )
 
     return compare
 
