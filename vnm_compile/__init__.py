@@ -1,0 +1,30 @@
+"""V:N:M-sparse transformers, fast, through torch.compile.
+
+import vnm_compile as vnm
+
+vnm.annotate(model, "64:2:8")
+model = torch.compile(model, backend="vnm")
+"""
+
+from vnm_compile.annotate import annotate
+from vnm_compile.backend import refresh
+from vnm_compile.convert import compress_model, decompress_model
+from vnm_compile.errors import VNMError
+from vnm_compile.format import detect, matches
+from vnm_compile.spec import Spec
+from vnm_compile.tensor import VNMTensor, compress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Spec",
+    "VNMError",
+    "VNMTensor",
+    "annotate",
+    "compress",
+    "compress_model",
+    "decompress_model",
+    "detect",
+    "matches",
+    "refresh",
+]

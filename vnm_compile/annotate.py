@@ -103,11 +103,7 @@ def select_layers(
         fitting = {selector for selector in every if _fits(selector, layer)}
         unused -= fitting
         chosen = next((specs[key] for key in rules if key in fitting), None)
-        if (
-            chosen is None
-            or fitting & set(unwanted or ())
-            or (wanted is not None and not fitting & set(wanted))
-        ):
+        if chosen is None or fitting & set(unwanted or ()) or (wanted is not None and not fitting & set(wanted)):
             continue
         named = wanted is not None or any(isinstance(s, str) and not _is_glob(s) for s in fitting)
         unsuited = layer.module is head or id(layer.module.weight) in shared or _too_small(layer, chosen)
@@ -141,13 +137,18 @@ def annotate(
     """
     selected = select_layers(model, spec, include, exclude)
     for layer, layer_spec in selected:
-        setattr(layer.module, _ATTRIBUTE, Annotation(layer.module, layer_spec, layer.name))
+        set_annotation(layer.module, layer_spec, layer.name)
     return [layer.name for layer, _ in selected]
 
 
 def annotation_of(module: nn.Module) -> Annotation | None:
     """The annotation of a layer, or None."""
     return getattr(module, _ATTRIBUTE, None)
+
+
+def set_annotation(module: nn.Module, spec: Spec, name: str) -> None:
+    """Annotate one layer, whose qualified name is `name`."""
+    setattr(module, _ATTRIBUTE, Annotation(module, spec, name))
 
 
 def clear_annotation(module: nn.Module) -> None:

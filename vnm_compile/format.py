@@ -166,9 +166,7 @@ def _matching_v(nonzero: Tensor, m: int, candidates: tuple[int, ...]) -> set[int
 
 def _check_matrix(weight: Tensor, layer: str | None) -> None:
     if weight.dim() != 2:
-        raise at_layer(
-            layer, f"a V:N:M weight has 2 dimensions [out, in]; this one has shape {list(weight.shape)}."
-        )
+        raise at_layer(layer, f"a V:N:M weight has 2 dimensions [out, in]; this one has shape {list(weight.shape)}.")
 
 
 def _as_blocks(weight: Tensor, spec: Spec, layer: str | None) -> Tensor:
@@ -253,8 +251,7 @@ def _violation(weight: Tensor, spec: Spec, layer: str | None) -> Exception:
         )
     return at_layer(
         layer,
-        f"weight {list(weight.shape)} is not {spec}: {what}. "
-        f'Run vnm.sparsify(model, "{spec}") or exclude this layer.',
+        f'weight {list(weight.shape)} is not {spec}: {what}. Run vnm.sparsify(model, "{spec}") or exclude this layer.',
     )
 
 

@@ -45,10 +45,12 @@ def linear(
 def _(x, values, metadata, columns, v, n, m, in_features, out_features):
     torch._check(x.dim() >= 1, lambda: "vnm::linear: x needs at least one dimension")
     torch._check(
-        x.shape[-1] == in_features, lambda: f"vnm::linear: x is {list(x.shape)}; expected [..., {in_features}]"
+        x.shape[-1] == in_features,
+        lambda: f"vnm::linear: x is {list(x.shape)}; expected [..., {in_features}]",
     )
     torch._check(
-        x.dtype == values.dtype, lambda: f"vnm::linear: x is {x.dtype}, the weight {values.dtype}; they must agree"
+        x.dtype == values.dtype,
+        lambda: f"vnm::linear: x is {x.dtype}, the weight {values.dtype}; they must agree",
     )
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -172,3 +174,62 @@ def gated_linear(
 @gated_linear.register_fake
 def _(x, values, metadata, columns, v, n, m, in_features, out_features, activation):
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("vnm::sections", mutates_args=())
+def sections(y: Tensor, widths: list[int], strides: list[int]) -> list[Tensor]:
+    """Cut the output of joined linears into theirs.
+
+    Args:
+        y: `[..., sum(strides)]`.
+        widths: columns of each section.
+        strides: columns from the start of each section to that of the next; the rest is padding.
+
+    Returns:
+        One `[..., width]` a section, contiguous as far as anyone can see (compiled, they are views of y).
+    """
+    pieces = y.split(strides, -1)
+    return [piece[..., :width].clone() for piece, width in zip(pieces, widths, strict=True)]
+
+
+@sections.register_fake
+def _(y, widths, strides):
+    return [y.new_empty((*y.shape[:-1], width)) for width in widths]
+
+
+def _sections_context(ctx, inputs, output) -> None:
+    _, ctx.widths, ctx.strides = inputs
+
+
+def _sections_backward(ctx, grads):
+    padded = [
+        torch.nn.functional.pad(grad, (0, stride - width)) if stride > width else grad
+        for grad, width, stride in zip(grads, ctx.widths, ctx.strides, strict=True)
+    ]
+    return torch.cat(padded, -1), None, None
+
+
+sections.register_autograd(_sections_backward, setup_context=_sections_context)
+
+
+def _autocast(device: str) -> None:
+    """Under autocast the floating-point operands take its dtype, as those of F.linear do."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+    def register(op: torch._ops.OpOverload) -> None:
+        def cast(*args):
+            dtype = torch.get_autocast_dtype(device)
+            eligible = (a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64)
+            targets = {id(a) for a in eligible}
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return op(*(a.to(dtype) if id(a) in targets else a for a in args))
+
+        _library.impl(op, cast, f"Autocast{device.upper()}")
+
+    register(torch.ops.vnm.linear.default)
+    register(torch.ops.vnm.gated_linear.default)
+
+
+_library = torch.library.Library("vnm", "IMPL")
+for _device in ("cpu", "cuda"):
+    _autocast(_device)

@@ -46,9 +46,7 @@ class Spec:
         if self.n not in (1, 2):
             raise VNMError(f"n={self.n}: a row keeps 1 or 2 of the 4 columns that its block keeps.")
         if not 4 <= self.m <= 65536:
-            raise VNMError(
-                f"m={self.m}: a block keeps 4 of its m columns, so m is at least 4 (and at most 65536)."
-            )
+            raise VNMError(f"m={self.m}: a block keeps 4 of its m columns, so m is at least 4 (and at most 65536).")
 
     @classmethod
     def parse(cls, text: str | Spec) -> Spec:

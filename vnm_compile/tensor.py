@@ -51,7 +51,7 @@ class VNMTensor(Tensor):
         transposed: bool = False,
     ) -> VNMTensor:
         """Wrap canonical arrays; `shape` is that of the tensor, `[in, out]` where `transposed`."""
-        out_features, in_features = reversed(shape) if transposed else shape
+        in_features = shape[0] if transposed else shape[1]
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             tuple(shape),

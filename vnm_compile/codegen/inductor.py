@@ -17,19 +17,20 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 
 from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered below)
 
-__all__ = ["compile_graph", "mode_options", "source_hash"]
+__all__ = ["cache_dir", "compile_graph", "has_lowering", "mode_options", "source_hash"]
 
 
 @functools.cache
-def source_hash() -> str:
-    """Hash of every source and template file of the package: what a cached kernel depends on."""
+def source_hash(folder: str = "") -> str:
+    """Hash of every source and template file in a folder of the package: what a cached kernel depends on."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(p for p in package.rglob("*") if p.suffix in {".py", ".jinja"}):
+    for path in sorted(p for p in (package / folder).rglob("*") if p.suffix in {".py", ".jinja"}):
         digest.update(str(path.relative_to(package)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -56,6 +57,11 @@ class CacheKey(CustomGraphPass):
         return None if None in theirs else ("vnm", source_hash(), self.options, *theirs)
 
 
+def cache_dir() -> Path:
+    """Where Inductor keeps its caches; ours lie beside them."""
+    return Path(inductor_cache_dir())
+
+
 def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
     """Inductor's options for a `torch.compile` mode."""
     return dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
@@ -64,7 +70,7 @@ def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any
 def compile_graph(
     gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], options_key: str
 ) -> Callable[..., Any]:
-    """Compile a rewritten graph with Inductor; `patches` are Inductor options, `options_key` goes into its cache keys."""
+    """Compile a graph with Inductor; `patches` are Inductor options, `options_key` goes into its cache keys."""
     hook = "post_grad_custom_post_pass"
     users = patches.get(hook, getattr(inductor_config, hook))
     return compile_fx(gm, list(inputs), config_patches={**patches, hook: CacheKey(options_key, users)})
@@ -78,6 +84,11 @@ def _register(op: torch._ops.OpOverload, name: str) -> None:
         lowering = _device_lowering(x.get_device().type, name)
         result = lowering(x, *args) if lowering else None
         return fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
+
+
+def has_lowering(device: str) -> bool:
+    """Whether `vnm::linear` is lowered to a sparse kernel on this device type."""
+    return _device_lowering(device, "linear") is not None
 
 
 def _device_lowering(device: str, name: str) -> Callable[..., Any] | None:
@@ -94,3 +105,11 @@ def _device_lowering(device: str, name: str) -> Callable[..., Any] | None:
 
 _register(torch.ops.vnm.linear.default, "linear")
 _register(torch.ops.vnm.gated_linear.default, "gated_linear")
+
+
+@register_lowering(torch.ops.vnm.sections.default, type_promotion_kind=None)
+def _lower_sections(y, widths, strides):  # type: ignore[no-untyped-def]
+    """Views of the joined output: the kernel that made it has written every section in place."""
+    cut, last = lowerings[torch.ops.aten.slice.Tensor], len(y.get_size()) - 1
+    starts = [sum(strides[:i]) for i in range(len(strides))]
+    return [cut(y, last, start, start + width) for start, width in zip(starts, widths, strict=True)]

@@ -1,0 +1,153 @@
+"""`torch.compile(model, backend="vnm")`: the only place that knows the order of things.
+
+    Dynamo's graph ── find ── plan ── merge ── rewrite ── Inductor (our lowerings) ── dispatcher
+
+Registered through the entry point group `torch_dynamo_backends`, so it works where vnm_compile was never imported.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext
+
+from vnm_compile import dispatch
+from vnm_compile.annotate import annotations_by_weight, linear_layers
+from vnm_compile.codegen.inductor import compile_graph, mode_options
+from vnm_compile.codegen.measure import measure
+from vnm_compile.format import Packed
+from vnm_compile.options import Options, split_options
+from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, merge, plan, rewrite
+
+log = logging.getLogger(__name__)
+
+
+def vnm(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its V:N:M linears made sparse; the function behind `backend="vnm"`.
+
+    Args:
+        gm: the graph; it is not changed.
+        example_inputs: its inputs, the real parameters among them.
+        mode: as `torch.compile` takes it.
+        options: Inductor's own options, and ours with the prefix `vnm.` (see `vnm_compile.options.Options`).
+        name: accepted and unused (torch 2.15 passes it on).
+
+    Raises:
+        VNMError: an unknown `vnm.` option, or an annotated weight that breaks its pattern.
+    """
+    ours, inductors = split_options(options)
+    patches = {**mode_options(mode), **inductors}
+    finish = partial(compile_graph, patches=patches, options_key=ours.key)
+    return compile_with(gm, example_inputs, ours, finish)
+
+
+Finish = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+"""Turns a rewritten graph and its inputs into something callable."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph after the passes.
+
+    Attributes:
+        decisions: one a linear.
+        units: what was joined.
+        rewritten: the graph; None where nothing is sparse and the graph stays as it was.
+        arrays: the inputs that the rewritten graph takes after those of the original one.
+    """
+
+    decisions: list[Decision]
+    units: list[Unit]
+    rewritten: Rewritten | None
+    arrays: tuple[Tensor, ...]
+
+
+def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Prepared:
+    """Run the passes on a Dynamo graph: what the backend does short of compiling it."""
+    sites = find_linears(gm.graph, inputs)
+    return _rewrite(gm, inputs, options, _plan(sites, inputs, options))
+
+
+def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
+    """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
+    sites = find_linears(gm.graph, inputs)
+
+    def decide(args: Sequence[Any]) -> list[Decision]:
+        return _plan(sites, args, options)
+
+    def build(args: Sequence[Any], decisions: list[Decision], first: bool) -> dispatch.Variant:
+        prepared = _rewrite(gm, args, options, decisions)
+        graph = prepared.rewritten.gm if prepared.rewritten else _plain_copy(gm)
+        # A later variant is not compiled inside Dynamo's call to the backend: Dynamo traces the graph itself then, and
+        # keeps those shapes dynamic that have to be.
+        inputs = [*args, *_faked(prepared.arrays)]
+        call = finish(graph, inputs) if first else torch.compile(graph, backend=finish)
+        return dispatch.Variant(decisions, prepared.rewritten.packed if prepared.rewritten else (), call)
+
+    positions = sorted({site.index for site in sites if site.reason is None and site.index is not None})
+    if not positions:
+        _report(_plan(sites, inputs, options))
+        return finish(gm, inputs)
+    dispatcher = dispatch.Dispatcher(gm, positions, decide, build)
+    _report(dispatcher.bind(inputs, first=True).variant.decisions)
+    return dispatcher
+
+
+def refresh(model: nn.Module) -> None:
+    """Have every linear weight of `model` packed again before its next use.
+
+    Only needed after writes that torch does not count: `weight.data.copy_(...)`, `weight.data += delta` (which peft's
+    merge does), numpy or DLPack views. Every other change is noticed on its own.
+    """
+    dispatch.forget([layer.module.weight for layer in linear_layers(model)])  # type: ignore[misc]
+
+
+def _plan(sites: Sequence[Site], inputs: Sequence[Any], options: Options) -> list[Decision]:
+    return plan(sites, inputs, options, annotations_by_weight(), measure)
+
+
+def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, decisions: list[Decision]) -> Prepared:
+    units = merge(decisions, inputs, options.merge)
+    if not units:
+        return Prepared(decisions, [], None, ())
+    rewritten = rewrite(gm, units)
+    packed: list[Packed] = [dispatch.packed_arrays(inputs, group) for group in rewritten.packed]  # type: ignore[misc]
+    return Prepared(decisions, units, rewritten, tuple(array for arrays in packed for array in arrays))
+
+
+def _plain_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    # Inductor takes ownership of the graph it is given; ours is needed again if a weight changes.
+    return rewrite(gm, []).gm
+
+
+def _faked(arrays: Sequence[Tensor]) -> list[Tensor]:
+    """The packed arrays with static shapes, as fake tensors where Dynamo traces with them (dynamic=True would
+    otherwise make the sizes of a weight symbolic)."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return list(arrays)
+    return [context.fake_mode.from_tensor(array, static_shapes=True) for array in arrays]
+
+
+def _report(decisions: Sequence[Decision]) -> None:
+    for decision in decisions:
+        log.debug("%s: %s (%s)", decision.name, decision.spec or "dense", decision.reason)
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "vnm_decisions", "encoding": "string"},
+        payload_fn=lambda: "\n".join(f"{d.name}\t{d.spec or 'dense'}\t{d.reason}" for d in decisions),
+    )

@@ -1,0 +1,97 @@
+"""Store the weights of a model compressed, and back: what makes its memory really smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from vnm_compile.annotate import (
+    Annotation,
+    Layer,
+    Selector,
+    annotation_of,
+    linear_layers,
+    select_layers,
+    set_annotation,
+)
+from vnm_compile.errors import VNMError
+from vnm_compile.format import matches
+from vnm_compile.spec import Spec
+from vnm_compile.tensor import VNMTensor, compress
+from vnm_compile.weights import detected_spec
+
+
+def compress_model(
+    model: nn.Module,
+    spec: Spec | str | None = None,
+    include: Iterable[Selector] | Selector | None = None,
+    exclude: Iterable[Selector] | Selector | None = None,
+) -> list[str]:
+    """Replace the V:N:M weights of `model` by compressed ones, in place, one layer at a time.
+
+    Args:
+        spec: the pattern of all selected layers; when None, annotated layers take theirs, and the pattern is looked
+            for in the rest, where layers without one stay dense.
+        include, exclude: as for `annotate`.
+
+    Returns:
+        The names of the layers that are compressed now. Their weights are `VNMTensor` parameters that do not require
+        grad. Either all of them are replaced, or, on an error, none.
+
+    Raises:
+        VNMError: a layer breaks its pattern, or nothing in the model follows one.
+    """
+    chosen = _patterns(model, spec, include, exclude)
+    if not chosen:
+        raise VNMError("no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one.")
+    for layer, layer_spec in chosen:
+        if not matches(layer.weight, layer_spec):
+            compress(layer.weight, layer_spec, layer.name)  # raises, and shows where
+    for layer, layer_spec in chosen:
+        # One at a time: the dense weight is freed before the next one is packed.
+        with torch.no_grad():
+            weight = compress(layer.weight, layer_spec, layer.name)
+            packed = weight.t() if layer.transposed else weight
+        layer.module.weight = nn.Parameter(packed, requires_grad=False)
+        set_annotation(layer.module, layer_spec, layer.name)
+    return [layer.name for layer, _ in chosen]
+
+
+def decompress_model(model: nn.Module) -> list[str]:
+    """Replace the compressed weights of `model` by dense ones, in place; returns the names of those layers.
+
+    The dense weights equal, bit for bit, those that were compressed, and do not require grad. Annotations stay.
+    """
+    names = []
+    for layer in linear_layers(model):
+        weight = layer.module.weight
+        if isinstance(weight, VNMTensor):
+            layer.module.weight = nn.Parameter(weight.to_dense().contiguous(), requires_grad=False)
+            names.append(layer.name)
+    return names
+
+
+def _patterns(
+    model: nn.Module,
+    spec: Spec | str | None,
+    include: Iterable[Selector] | Selector | None,
+    exclude: Iterable[Selector] | Selector | None,
+) -> list[tuple[Layer, Spec]]:
+    """The layers to compress, and how."""
+    selected = select_layers(model, spec or Spec(1, 1, 4), include, exclude)
+    chosen = []
+    for layer, given in selected:
+        if isinstance(layer.module.weight, VNMTensor):
+            continue
+        annotation: Annotation | None = annotation_of(layer.module)
+        if spec is not None:
+            found: Spec | None = given
+        elif annotation is not None:
+            found = annotation.spec
+        else:
+            found = detected_spec(layer.module.weight, layer.transposed)  # type: ignore[arg-type]
+        if found is not None:
+            chosen.append((layer, found))
+    return chosen

@@ -1,0 +1,124 @@
+"""Join sparse linears that read the same activation into one: q/k/v, and gate/up with what lies between them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from vnm_compile.passes.plan import Decision
+from vnm_compile.tensor import VNMTensor
+
+_MULTIPLY = {operator.mul, torch.mul, "mul", "__mul__"}
+_ACTIVATIONS = {
+    F.silu: "silu",
+    torch._C._nn.silu: "silu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.gelu: "gelu",
+    torch._C._nn.gelu: "gelu",
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What becomes one op.
+
+    Attributes:
+        kind: "single", "siblings" (one op, its output cut into sections) or "gated" (`activation(gate) * up`).
+        members: the decisions it is made of, in graph order; gate then up where gated.
+        activation: of a gated unit, a key of `vnm_compile.ops.GATES`.
+        result: the node whose value a gated unit computes.
+    """
+
+    kind: Literal["single", "siblings", "gated"]
+    members: tuple[Decision, ...]
+    activation: str | None = None
+    result: fx.Node | None = None
+
+
+def merge(decisions: Sequence[Decision], inputs: Sequence[Any], enabled: bool = True) -> list[Unit]:
+    """Return the units that the sparse ones of `decisions` form, in graph order.
+
+    Joined are linears over one activation with one pattern, dtype and kind of bias. Weights that are stored
+    compressed stay single: to join them would be to store them twice. So do, where gradients are on, gated pairs,
+    which have no backward.
+    """
+    sparse = [decision for decision in decisions if decision.sparse]
+    if not enabled:
+        return [Unit("single", (decision,)) for decision in sparse]
+    joinable = [d for d in sparse if not isinstance(inputs[d.site.index], VNMTensor)]  # type: ignore[index]
+    units = _gated_units(joinable) if not torch.is_grad_enabled() else []
+    taken = {id(member) for unit in units for member in unit.members}
+    units += _sibling_units([d for d in joinable if id(d) not in taken])
+    taken |= {id(member) for unit in units for member in unit.members}
+    units += [Unit("single", (d,)) for d in sparse if id(d) not in taken]
+    order = {id(decision): i for i, decision in enumerate(decisions)}
+    return sorted(units, key=lambda unit: min(order[id(member)] for member in unit.members))
+
+
+def _gated_units(decisions: Sequence[Decision]) -> list[Unit]:
+    """Pairs of linears whose only use is `activation(gate) * up`."""
+    by_node = {decision.site.node: decision for decision in decisions if decision.site.bias is None}
+    units = []
+    for gate in by_node.values():
+        activated = _only_user(gate.site.node)
+        activation = _activation(activated)
+        product = _only_user(activated) if activation else None
+        if product is None or product.target not in _MULTIPLY or len(product.args) != 2 or product.kwargs:
+            continue
+        other = product.args[1] if product.args[0] is activated else product.args[0]
+        up = by_node.get(other) if isinstance(other, fx.Node) else None
+        if up is None or up is gate or _only_user(up.site.node) is not product:
+            continue
+        if _alike(gate, up) and gate.shape == up.shape:
+            units.append(Unit("gated", (gate, up), activation, product))
+    return units
+
+
+def _sibling_units(decisions: Sequence[Decision]) -> list[Unit]:
+    groups: list[list[Decision]] = []
+    for decision in decisions:
+        group = next((g for g in groups if _alike(g[0], decision)), None)
+        if group is None:
+            groups.append([decision])
+        elif all(decision.site.weight is not other.site.weight for other in group):
+            group.append(decision)
+    return [Unit("siblings", tuple(group)) for group in groups if len(group) > 1]
+
+
+def _alike(one: Decision, other: Decision) -> bool:
+    """Whether two linears can be one: same activation, pattern, dtype, and both or neither with a stored bias."""
+
+    def traits(decision: Decision) -> tuple[Any, ...]:
+        bias = decision.site.bias
+        return decision.site.x, decision.spec, decision.dtype, bias is None
+
+    stored = all(d.site.bias is None or d.site.bias.op == "placeholder" for d in (one, other))
+    return traits(one) == traits(other) and stored
+
+
+def _only_user(node: fx.Node | None) -> fx.Node | None:
+    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether a node applies an activation that a gated unit may take in."""
+    return _activation(node) is not None
+
+
+def _activation(node: fx.Node | None) -> str | None:
+    """Name of the activation that a node applies, or None."""
+    name = _ACTIVATIONS.get(node.target) if node is not None and node.op == "call_function" else None  # type: ignore[arg-type]
+    if name is None or node is None or node.kwargs.get("inplace") or len(node.args) != 1:
+        return None
+    if name == "gelu" and node.kwargs.get("approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return name

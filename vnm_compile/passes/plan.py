@@ -1,0 +1,146 @@
+"""Decide for every site whether it becomes sparse, and with which pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from vnm_compile.annotate import Annotation
+from vnm_compile.options import Options
+from vnm_compile.passes.find import Site
+from vnm_compile.problem import Measure, Problem, Timing
+from vnm_compile.spec import Spec
+from vnm_compile.tensor import VNMTensor
+from vnm_compile.weights import detected_spec
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a site, and why.
+
+    Attributes:
+        site: where.
+        name: the layer: as annotated (the full name also in regional compile), else as the graph knows it.
+        spec: the pattern with which it is compressed; None where it stays dense.
+        reason: one line that a user can act on.
+        tokens: rows of the activation, as far as the graph knows (a hint where they are dynamic).
+        shape: `[out_features, in_features]`, where known.
+        dtype: the weight's dtype, where known.
+        timing: what was measured, if anything was.
+    """
+
+    site: Site
+    name: str
+    spec: Spec | None
+    reason: str
+    tokens: int | None = None
+    shape: tuple[int, int] | None = None
+    dtype: torch.dtype | None = None
+    timing: Timing | None = None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the site is rewritten."""
+        return self.spec is not None
+
+
+def plan(
+    sites: Sequence[Site],
+    inputs: Sequence[Any],
+    options: Options,
+    annotations: Mapping[int, Annotation],
+    measure: Measure | None = None,
+) -> list[Decision]:
+    """Return one decision a site.
+
+    Args:
+        sites: from `find_linears`.
+        inputs: values of the graph's placeholders.
+        options: policy and whether unannotated weights are looked at.
+        annotations: pattern by the id of the weight.
+        measure: times sparse against dense under policy "latency"; None means that nothing can be measured here.
+
+    Raises:
+        VNMError: an annotated weight breaks its pattern.
+    """
+    decisions = []
+    for site in sites:
+        weight = inputs[site.index] if site.index is not None else None
+        annotation = annotations.get(id(weight))
+        name = annotation.name if annotation is not None else site.name
+        if site.reason is None and weight is not None:
+            decisions.append(_decide(site, name, weight, options, annotation, measure))
+        else:
+            shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else None
+            decisions.append(Decision(site, name, None, site.reason or "", shape=shape))
+    return decisions
+
+
+def _decide(
+    site: Site,
+    name: str,
+    weight: Tensor,
+    options: Options,
+    annotation: Annotation | None,
+    measure: Measure | None,
+) -> Decision:
+    tokens = _tokens(site)
+    out_features, in_features = reversed(weight.shape) if site.transposed else weight.shape
+
+    def decide(spec: Spec | None, reason: str, timing: Timing | None = None) -> Decision:
+        return Decision(site, name, spec, reason, tokens, (out_features, in_features), weight.dtype, timing)
+
+    if isinstance(weight, VNMTensor):
+        return decide(weight.spec, "stored compressed")
+    if isinstance(weight, FakeTensor) or weight.is_meta:
+        return decide(None, "its weight has no values yet (fake or meta tensor)")
+    if weight.requires_grad and torch.is_grad_enabled():
+        return decide(None, "its weight trains (requires grad); use torch.no_grad() or freeze it")
+    spec, found = _pattern(site, weight, options, annotation)
+    if spec is None:
+        return decide(None, found)
+    if spec.nbytes(out_features, in_features, weight.dtype) >= weight.numel() * weight.element_size():
+        return decide(None, f"{found}, but packed it would be no smaller")
+    if options.policy == "memory":
+        return decide(spec, f"{found}; policy is memory")
+    problem = Problem(tokens or 1, out_features, in_features, spec, weight.dtype, weight.device)
+    timing = measure(problem) if measure else None
+    if timing is None:
+        return decide(None, f'{found}, but there is no sparse kernel for it here; vnm.policy="memory" compresses it')
+    reason = (
+        f"{found}; measured {timing.sparse * 1e6:.0f} us sparse, {timing.dense * 1e6:.0f} us dense "
+        f"at T = {problem.tokens}"
+    )
+    return decide(spec if timing.sparse < timing.dense else None, reason, timing)
+
+
+def _pattern(site: Site, weight: Tensor, options: Options, annotation: Annotation | None) -> tuple[Spec | None, str]:
+    """The pattern of a weight and where it is known from, or None and why there is none."""
+    if annotation is not None:
+        # What breaks the pattern is found when the weight is packed, which raises the error that shows the place.
+        return annotation.spec, "annotated"
+    if not options.detect:
+        return None, "not annotated, and vnm.detect is off"
+    spec = detected_spec(weight, site.transposed)
+    if spec is None:
+        return None, "no V:N:M pattern in its weight; vnm.sparsify(model, ...) makes one"
+    return spec, f"found {spec} in the weight"
+
+
+def _tokens(site: Site) -> int | None:
+    """Rows of the activation; a hint, without a guard, where the shape is symbolic."""
+    value = site.x.meta.get("example_value") if site.x is not None else None
+    if not isinstance(value, Tensor):
+        return None
+    tokens = 1
+    for size in value.shape[:-1]:
+        hint = size if isinstance(size, int) else size.node.hint
+        if hint is None:
+            return None
+        tokens *= int(hint)
+    return tokens

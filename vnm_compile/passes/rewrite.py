@@ -1,0 +1,190 @@
+"""Write the planned units into a copy of the graph, with the packed weights as further inputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+
+from vnm_compile.passes.find import is_linear, is_transpose
+from vnm_compile.passes.merge import Unit, is_activation
+from vnm_compile.passes.plan import Decision
+from vnm_compile.spec import Spec
+
+ARRAYS = ("values", "metadata", "columns")
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """Three further inputs of a rewritten graph: the canonical arrays of one weight, or of several joined.
+
+    Attributes:
+        indices: positions of the dense weights among the graph's inputs; their arrays are joined along the rows.
+        transposed: for each, whether it is stored `[in_features, out_features]`.
+        names: for each, the layer's name.
+        spec: the pattern of all.
+    """
+
+    indices: tuple[int, ...]
+    transposed: tuple[bool, ...]
+    names: tuple[str, ...]
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten copy of a graph, and the inputs that were appended to it, three arrays each."""
+
+    gm: fx.GraphModule
+    packed: tuple[PackedInput, ...]
+
+
+def rewrite(gm: fx.GraphModule, units: Sequence[Unit]) -> Rewritten:
+    """Return a copy of `gm` in which every unit is one `vnm` op; `gm` is left as it is.
+
+    The copy takes the inputs of `gm`, the dense weights among them (unused where compressed), then for each
+    `PackedInput` the values, metadata and columns. It never bakes a weight in: Dynamo shares one compiled graph
+    between modules with the same code, and caches key inputs by their metadata only.
+    """
+    graph, new = _copy(gm)
+    packed = tuple(_packed_input(unit) for unit in units)
+    arrays = _append_placeholders(graph, len(packed))
+    writer = _Writer(graph, new)
+    for unit, its_arrays in zip(units, arrays, strict=True):
+        writer.write(unit, its_arrays)
+    graph.lint()
+    result = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
+    result.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        result._param_name_to_source = gm._param_name_to_source  # type: ignore[assignment]
+    return Rewritten(result, packed)
+
+
+def _copy(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of the graph with its sources; placeholders cannot be added to Dynamo's own graph."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, new)
+    graph.output(result)
+    for old, copied in new.items():
+        if hasattr(old, "_dynamo_source"):
+            copied._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    return graph, new
+
+
+def _packed_input(unit: Unit) -> PackedInput:
+    sites = [member.site for member in unit.members]
+    return PackedInput(
+        tuple(site.index for site in sites if site.index is not None),
+        tuple(site.transposed for site in sites),
+        tuple(member.name for member in unit.members),
+        _spec(unit.members[0]),
+    )
+
+
+def _append_placeholders(graph: fx.Graph, count: int) -> list[tuple[fx.Node, ...]]:
+    last = graph.find_nodes(op="placeholder")[-1] if count else None
+    appended = []
+    for i in range(count):
+        nodes = []
+        for array in ARRAYS:
+            name = f"vnm_{i}_{array}"
+            with graph.inserting_after(last):
+                last = graph.placeholder(name)
+            last._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+            # A static input: CUDA graphs may keep its address.
+            last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            nodes.append(last)
+        appended.append(tuple(nodes))
+    return appended
+
+
+class _Writer:
+    """Writes units into the copy of a graph; `new` maps the nodes of the original to those that stand for them."""
+
+    def __init__(self, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
+        self.graph = graph
+        self.new = new
+
+    def write(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
+        {"single": self.single, "siblings": self.siblings, "gated": self.gated}[unit.kind](unit, arrays)
+
+    def single(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
+        (member,) = unit.members
+        with self.graph.inserting_before(self.new[member.site.node]):
+            y = self.linear(member, arrays, _out_features(member))
+            if member.site.bias is not None:
+                y = self.call(torch.add, y, self.new[member.site.bias])
+        self.replace(member.site.node, y)
+
+    def siblings(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
+        """One linear over all rows; each weight is padded to whole blocks, so its section starts at a multiple of V."""
+        first = unit.members[0]
+        widths = [_out_features(member) for member in unit.members]
+        strides = [_spec(first).rows(width) for width in widths]
+        with self.graph.inserting_before(self.new[first.site.node]):
+            y = self.linear(first, arrays, sum(strides))
+            if first.site.bias is not None:
+                biases = [self.new[member.site.bias] for member in unit.members if member.site.bias is not None]
+                padding = [stride - width for width, stride in zip(widths, strides, strict=True)]
+                padded = [self.pad(bias, missing) for bias, missing in zip(biases, padding, strict=True)]
+                y = self.call(torch.add, y, self.call(torch.cat, padded))
+            sections = self.call(torch.ops.vnm.sections.default, y, widths, strides)
+            results = [self.call(operator.getitem, sections, i) for i in range(len(widths))]
+        for member, result in zip(unit.members, results, strict=True):
+            self.replace(member.site.node, result)
+
+    def gated(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
+        gate = unit.members[0]
+        assert unit.result is not None
+        with self.graph.inserting_before(self.new[unit.result]):
+            args = self.linear_args(gate, arrays, _out_features(gate))
+            y = self.call(torch.ops.vnm.gated_linear.default, *args, unit.activation)
+        self.replace(unit.result, y)
+
+    def linear(self, member: Decision, arrays: tuple[fx.Node, ...], out_features: int) -> fx.Node:
+        return self.call(torch.ops.vnm.linear.default, *self.linear_args(member, arrays, out_features))
+
+    def linear_args(self, member: Decision, arrays: tuple[fx.Node, ...], out_features: int) -> tuple[Any, ...]:
+        spec, (_, in_features) = _spec(member), member.shape or (0, 0)
+        assert member.site.x is not None
+        return self.new[member.site.x], *arrays, spec.v, spec.n, spec.m, in_features, out_features
+
+    def pad(self, bias: fx.Node, missing: int) -> fx.Node:
+        return self.call(torch.nn.functional.pad, bias, (0, missing)) if missing else bias
+
+    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        return self.graph.call_function(target, args)
+
+    def replace(self, original: fx.Node, result: fx.Node) -> None:
+        old = self.new[original]
+        result.meta = {**old.meta, **result.meta}
+        old.replace_all_uses_with(result)
+        self.new[original] = result
+        self.erase(old)
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a replaced node, and above it what only it used: transposes of the weight, the inside of a gated pair.
+
+        Dead code elimination is not for torch IR: it would take in-place methods whose result nobody reads.
+        """
+        above = [each for each in node.all_input_nodes if each.op != "placeholder"]
+        self.graph.erase_node(node)
+        for each in above:
+            if not each.users and (is_linear(each) or is_activation(each) or is_transpose(each)):
+                self.erase(each)
+
+
+def _spec(member: Decision) -> Spec:
+    assert member.spec is not None, "only sparse decisions form units"
+    return member.spec
+
+
+def _out_features(member: Decision) -> int:
+    assert member.shape is not None, "the shape of a sparse weight is known"
+    return member.shape[0]
