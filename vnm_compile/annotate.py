@@ -42,6 +42,7 @@ class Annotation:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Annotation:
         owner = self._owner()
+        assert owner is not None, "an annotation is copied with the layer that holds it"
         # deepcopy enters the copy of a module in the memo before it copies what the module holds.
         return Annotation(memo.get(id(owner), owner), self.spec, self.name)
 

@@ -7,6 +7,8 @@ weight and multiplies, so it equals the masked dense layer to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -109,7 +111,7 @@ def _(grad, x, metadata, columns, v, n, m, in_features, out_features):
     return x.new_empty((spec.rows(out_features), spec.groups(in_features) * n))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output):
     x, values, metadata, columns, *sizes = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, metadata, columns)
     ctx.sizes = sizes
@@ -128,7 +130,7 @@ def _backward(ctx, grad):
 linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-GATES = {
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -197,7 +199,7 @@ def _(y, widths, strides):
     return [y.new_empty((*y.shape[:-1], width)) for width in widths]
 
 
-def _sections_context(ctx, inputs, output) -> None:
+def _sections_context(ctx, inputs, output):
     _, ctx.widths, ctx.strides = inputs
 
 
@@ -219,15 +221,17 @@ def _autocast(device: str) -> None:
     def register(op: torch._ops.OpOverload) -> None:
         def cast(*args):
             dtype = torch.get_autocast_dtype(device)
-            eligible = (a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64)
-            targets = {id(a) for a in eligible}
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return op(*(a.to(dtype) if id(a) in targets else a for a in args))
+                return op(*(arg.to(dtype) if _is_castable(arg) else arg for arg in args))
 
         _library.impl(op, cast, f"Autocast{device.upper()}")
 
     register(torch.ops.vnm.linear.default)
     register(torch.ops.vnm.gated_linear.default)
+
+
+def _is_castable(arg: object) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
 
 
 _library = torch.library.Library("vnm", "IMPL")

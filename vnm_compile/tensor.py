@@ -34,7 +34,7 @@ class VNMTensor(Tensor):
     The view `weight.t()` is a VNMTensor of shape `[in_features, out_features]` over the same arrays.
     """
 
-    values: Tensor
+    values: Tensor  # type: ignore[assignment]
     metadata: Tensor
     columns: Tensor
     spec: Spec
@@ -97,7 +97,7 @@ class VNMTensor(Tensor):
         dense = unpack(self.packed, self.spec, self.out_features, self.in_features)
         return dense.t() if self._transposed else dense
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"VNMTensor({self.spec}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -123,7 +123,9 @@ class VNMTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _DISPATCH:
             return _DISPATCH[func](func, *args, **kwargs)
@@ -198,17 +200,22 @@ def _transpose(func: Any, weight: VNMTensor, *dims: Any) -> Any:
 def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, VNMTensor):
         return func(target, source.to_dense(), non_blocking)
-    if not isinstance(source, VNMTensor):
-        source = compress(source.t() if target._transposed else source, target.spec)
-        source = source.t() if target._transposed else source
-    if (source.spec, source.shape, source._transposed) != (target.spec, target.shape, target._transposed):
+    packed = source if isinstance(source, VNMTensor) else _compressed_like(target, source)
+    if (packed.spec, packed.shape, packed._transposed) != (target.spec, target.shape, target._transposed):
         raise VNMError(
-            f"a weight {list(source.shape)} with pattern {source.spec} cannot be copied into one "
+            f"a weight {list(packed.shape)} with pattern {packed.spec} cannot be copied into one "
             f"{list(target.shape)} with pattern {target.spec}; compress the model with the same patterns first."
         )
-    for mine, theirs in zip(target.packed, source.packed, strict=True):
+    for mine, theirs in zip(target.packed, packed.packed, strict=True):
         mine.copy_(theirs, non_blocking=non_blocking)
     return target
+
+
+def _compressed_like(target: VNMTensor, source: Tensor) -> VNMTensor:
+    """A dense weight compressed with the pattern and orientation of `target`."""
+    if not target._transposed:
+        return compress(source, target.spec)
+    return VNMTensor(*pack(source.t(), target.spec), target.spec, source.shape, transposed=True)
 
 
 _aten = torch.ops.aten

@@ -73,7 +73,8 @@ def compile_graph(
     """Compile a graph with Inductor; `patches` are Inductor options, `options_key` goes into its cache keys."""
     hook = "post_grad_custom_post_pass"
     users = patches.get(hook, getattr(inductor_config, hook))
-    return compile_fx(gm, list(inputs), config_patches={**patches, hook: CacheKey(options_key, users)})
+    config_patches = {**patches, hook: CacheKey(options_key, users)}
+    return compile_fx(gm, list(inputs), config_patches=config_patches)  # type: ignore[return-value]
 
 
 def _register(op: torch._ops.OpOverload, name: str) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,8 +74,8 @@ def _time(problem: Problem) -> Timing:
     run_sparse = _compile(sparse_graph, [x, bias, *packed[0]])
     run_dense = _compile(dense_graph, [x, bias, dense[0]])
     return _alternate(
-        [lambda each=each: run_sparse(x, bias, *each) for each in packed],
-        [lambda each=each: run_dense(x, bias, each) for each in dense],
+        [partial(run_sparse, x, bias, *each) for each in packed],
+        [partial(run_dense, x, bias, each) for each in dense],
         problem.device,
     )
 

@@ -96,8 +96,8 @@ def _linear_site(node: fx.Node, position: dict[fx.Node, int], inputs: Sequence[A
         return None
     # F.linear multiplies by the transpose of its weight, the others by what they are given.
     transposed = flips % 2 == (1 if is_linear else 0)
-    reason = _why_unfit(node, weight, matrix, value, bias)
-    return Site(_weight_name(weight), node, x, weight, index, bias, transposed, reason)
+    unfit = _why_unfit(node, weight, value, bias)
+    return Site(_weight_name(weight), node, x, weight, index, bias, transposed, unfit)
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
@@ -151,7 +151,7 @@ def _swaps_two(node: fx.Node) -> bool:
     return swapped == [1, 0] if permuting else sorted(swapped) == [0, 1]
 
 
-def _why_unfit(node: fx.Node, weight: fx.Node, matrix: fx.Node, value: Tensor, bias: fx.Node | None) -> str | None:
+def _why_unfit(node: fx.Node, weight: fx.Node, value: Tensor, bias: fx.Node | None) -> str | None:
     """Why a linear whose weight is an input must stay dense, or None."""
     if value.dim() != 2:
         return f"its weight has {value.dim()} dimensions; only matrices are handled"
