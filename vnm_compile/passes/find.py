@@ -73,9 +73,8 @@ def find_linears(graph: fx.Graph, inputs: Sequence[Any]) -> list[Site]:
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        site = _linear_site(node, position, inputs) or _unhandled_site(node, position, inputs)
-        if site is not None:
-            sites.append(site)
+        site = _linear_site(node, position, inputs)
+        sites += [site] if site is not None else _unhandled_sites(node, position, inputs)
     return sites
 
 
@@ -173,20 +172,21 @@ def _only_multiplies(user: fx.Node) -> bool:
     return is_transpose(user) and all(_only_multiplies(each) for each in user.users)
 
 
-def _unhandled_site(node: fx.Node, position: dict[fx.Node, int], inputs: Sequence[Any]) -> Site | None:
-    """The site of an op that multiplies by a stored weight in a way that is not rewritten."""
+def _unhandled_sites(node: fx.Node, position: dict[fx.Node, int], inputs: Sequence[Any]) -> list[Site]:
+    """The sites of an op that multiplies by stored weights in a way that is not rewritten."""
     name = _op_name(node)
     reason = next((why for part, why in _UNHANDLED.items() if part in name), None)
+    sites: list[Site] = []
     if reason is None:
-        return None
+        return sites
     for operand in node.all_input_nodes:
         weight = operand
         while weight not in position and len(weight.all_input_nodes) == 1:
             weight = weight.all_input_nodes[0]
         index = position.get(weight)
         if index is not None and _is_stored(inputs[index]) and inputs[index].dim() >= 2:
-            return Site(_weight_name(weight), node, None, weight, index, reason=reason)
-    return None
+            sites.append(Site(_weight_name(weight), node, None, weight, index, reason=reason))
+    return sites
 
 
 def _is_stored(value: Any) -> bool:

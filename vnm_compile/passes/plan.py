@@ -77,7 +77,8 @@ def plan(
             decisions.append(_decide(site, name, weight, options, annotation, measure))
         else:
             shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else None
-            decisions.append(Decision(site, name, None, site.reason or "", shape=shape))
+            dtype = weight.dtype if shape else None
+            decisions.append(Decision(site, name, None, site.reason or "", shape=shape, dtype=dtype))
     return decisions
 
 
@@ -107,11 +108,11 @@ def _decide(
     if spec.nbytes(out_features, in_features, weight.dtype) >= weight.numel() * weight.element_size():
         return decide(None, f"{found}, but packed it would be no smaller")
     if options.policy == "memory":
-        return decide(spec, f"{found}; policy is memory")
+        return decide(spec, f"{found}, policy is memory")
     problem = Problem(tokens or 1, out_features, in_features, spec, weight.dtype, weight.device)
     timing = measure(problem) if measure else None
     if timing is None:
-        return decide(None, f'{found}, but there is no sparse kernel for it here; vnm.policy="memory" compresses it')
+        return decide(None, f'{found}, but no sparse kernel for it here; vnm.policy="memory" compresses it')
     reason = (
         f"{found}; measured {timing.sparse * 1e6:.0f} us sparse, {timing.dense * 1e6:.0f} us dense "
         f"at T = {problem.tokens}"
@@ -128,8 +129,8 @@ def _pattern(site: Site, weight: Tensor, options: Options, annotation: Annotatio
         return None, "not annotated, and vnm.detect is off"
     spec = detected_spec(weight, site.transposed)
     if spec is None:
-        return None, "no V:N:M pattern in its weight; vnm.sparsify(model, ...) makes one"
-    return spec, f"found {spec} in the weight"
+        return None, "no V:N:M pattern in its weight"
+    return spec, "pattern found"
 
 
 def _tokens(site: Site) -> int | None:

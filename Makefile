@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test test-slow lint docs golden clean
+
+demo: $(VENV)/.installed-demo  ## embed sentences with the real MiniLM, pruned and compiled
+	$(BIN)/python examples/minilm.py
+
+test: $(VENV)/.installed-dev  ## the whole suite but the long runs
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev  ## the long runs
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev  ## HTML in docs/_build
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
+
+golden: $(VENV)/.installed-dev  ## rewrite the golden files; review the diff
+	-$(BIN)/python -m pytest -m "not slow" --update-golden -q
+
+clean:
+	rm -rf $(VENV) docs/_build build *.egg-info
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) ".[$*]"
+	touch $@

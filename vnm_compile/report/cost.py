@@ -1,0 +1,90 @@
+"""A symbolic cost model: how fast V:N:M can be at best, and from how many tokens on what bounds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import sympy
+import torch
+
+from vnm_compile.spec import KEPT_COLUMNS, Spec
+
+TOKENS = sympy.Symbol("T", positive=True)
+
+# Arithmetic per byte of memory traffic at which a machine is in balance, in flop/byte. CPUs: about 250 Gflop/s a core
+# against 20 GB/s a core (AVX-512, fp32; bf16 dot products double it). GPUs: an H200's 989 Tflop/s dense bf16 against
+# 4.8 TB/s (NVIDIA's data sheet); its tf32 rate is half of that.
+BALANCE = {("cpu", 4): 12.5, ("cpu", 2): 25.0, ("cuda", 4): 103.0, ("cuda", 2): 206.0}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Bytes, flops and time of one linear, dense and sparse, as expressions in the number of tokens T.
+
+    Assumptions: every byte of weight, input and output crosses the memory bus once; memory traffic and arithmetic
+    overlap perfectly, so the longer of the two is the time; sparse kernels compute on the 4 kept columns of each group
+    at the dense rate (sparse tensor cores would halve that once more).
+
+    Attributes:
+        out_features, in_features: size of the weight.
+        spec: its pattern.
+        dtype: of weight and activation.
+        balance: flop/byte of the machine.
+    """
+
+    out_features: int
+    in_features: int
+    spec: Spec
+    dtype: torch.dtype
+    balance: float
+
+    @classmethod
+    def on(cls, device: str, out_features: int, in_features: int, spec: Spec, dtype: torch.dtype) -> CostModel:
+        """The model for a device type, with the balance that `BALANCE` assumes for it."""
+        balance = BALANCE[("cpu" if device == "cpu" else "cuda", max(2, min(4, dtype.itemsize)))]
+        return cls(out_features, in_features, spec, dtype, balance)
+
+    @property
+    def activation_bytes(self) -> sympy.Expr:
+        """Bytes of input and output."""
+        return TOKENS * (self.in_features + self.out_features) * self.dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> sympy.Expr:
+        """Bytes that the dense layer moves."""
+        return self.out_features * self.in_features * self.dtype.itemsize + self.activation_bytes
+
+    @property
+    def sparse_bytes(self) -> sympy.Expr:
+        """Bytes that the sparse layer moves."""
+        return self.spec.nbytes(self.out_features, self.in_features, self.dtype) + self.activation_bytes
+
+    @property
+    def dense_flops(self) -> sympy.Expr:
+        """Floating-point operations of the dense layer."""
+        return 2 * TOKENS * self.out_features * self.in_features
+
+    @property
+    def sparse_flops(self) -> sympy.Expr:
+        """Floating-point operations of the sparse layer: those on the kept columns."""
+        kept = self.spec.groups(self.in_features) * KEPT_COLUMNS
+        return 2 * TOKENS * self.spec.rows(self.out_features) * kept
+
+    @cached_property
+    def speedup(self) -> sympy.Expr:
+        """Upper limit of dense time over sparse time, in T."""
+        balance = sympy.nsimplify(self.balance)
+        dense = sympy.Max(self.dense_bytes, self.dense_flops / balance)
+        return dense / sympy.Max(self.sparse_bytes, self.sparse_flops / balance)
+
+    def speedup_at(self, tokens: int) -> float:
+        """The limit for a number of tokens."""
+        return float(self.speedup.subs(TOKENS, tokens))
+
+    def compute_bound_from(self, sparse: bool) -> float | None:
+        """Tokens from which arithmetic and not memory bounds the layer; None if memory always does."""
+        flops, moved = (self.sparse_flops, self.sparse_bytes) if sparse else (self.dense_flops, self.dense_bytes)
+        crossings = sympy.solve(sympy.Eq(flops / sympy.nsimplify(self.balance), moved), TOKENS)
+        positive = [float(t) for t in crossings if t.is_positive]
+        return min(positive, default=None)
