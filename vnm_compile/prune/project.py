@@ -1,0 +1,127 @@
+"""The one primitive of every method: the V:N:M mask that keeps the largest sum of scores.
+
+A block of V rows and M columns keeps 4 columns, and inside them every row its N largest scores. For given columns the
+rows are independent; the columns are what has to be searched for. Up to M = 16 every choice is tried (C(16, 4) = 1820);
+beyond, greedy growth followed by swaps, which can only improve on greedy.
+
+Source: VENOM, arXiv 2310.02065, section 5 (the objective); the searches are ours.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from vnm_compile.errors import VNMError
+from vnm_compile.spec import KEPT_COLUMNS, Spec
+
+EXACT_UP_TO = 16
+_CHUNK_ELEMENTS = 1 << 22  # scores that are worked on at a time: bounds the memory to some 100 MB
+_MOST_SWEEPS = 8
+
+
+def project(scores: Tensor, spec: Spec | str) -> Tensor:
+    """Return the mask that keeps the largest sum of `scores` under `spec`.
+
+    Args:
+        scores: `[O, K]`, non-negative floating point; |w| for VENOM's magnitude criterion.
+        spec: the pattern.
+
+    Returns:
+        bool `[O, K]`; exactly N a row and group are set (fewer in a tail group of fewer columns).
+
+    Raises:
+        VNMError: the scores are not a matrix, or hold a NaN.
+    """
+    spec = Spec.parse(spec)
+    if scores.dim() != 2:
+        raise VNMError(f"scores have shape {list(scores.shape)}; expected a matrix [out_features, in_features].")
+    if scores.isnan().any():
+        raise VNMError("the scores hold NaN, so there is no largest sum; look for NaN in the weight or activations.")
+    out_features, in_features = scores.shape
+    rows, groups = spec.rows(out_features), spec.groups(in_features)
+    # Padding scores less than anything real, so it is kept only where nothing real is left.
+    padded = torch.nn.functional.pad(
+        scores, (0, groups * spec.m - in_features, 0, rows - out_features), value=-torch.finfo(scores.dtype).tiny
+    )
+    blocks = padded.view(rows // spec.v, spec.v, groups, spec.m).transpose(1, 2)  # [B, G, V, M]
+    columns = choose_columns(blocks, spec)  # [B, G, 4]
+    index = columns.unsqueeze(2).expand(-1, -1, spec.v, -1)
+    chosen = blocks.gather(3, index).topk(spec.n, dim=3).indices
+    mask = torch.zeros_like(blocks, dtype=torch.bool).scatter_(3, index.gather(3, chosen), True)
+    return mask.transpose(1, 2).reshape(rows, groups * spec.m)[:out_features, :in_features].contiguous()
+
+
+def choose_columns(blocks: Tensor, spec: Spec) -> Tensor:
+    """Return the 4 columns that each block keeps: scores `[B, G, V, M]` to int64 `[B, G, 4]`, increasing."""
+    b, g, v, m = blocks.shape
+    if m == KEPT_COLUMNS:
+        return torch.arange(KEPT_COLUMNS, device=blocks.device).expand(b, g, KEPT_COLUMNS)
+    flat = blocks.reshape(b * g, v, m)
+    search = _exact if m <= EXACT_UP_TO else _greedy_with_swaps
+    chunk = max(1, _CHUNK_ELEMENTS // (v * m))
+    columns = [search(part, spec.n) for part in flat.split(chunk)] if flat.numel() else [flat.new_zeros(0, 4)]
+    return torch.cat(columns).long().view(b, g, KEPT_COLUMNS)
+
+
+def column_value(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
+    """The score that blocks `[..., V, M]` keep with `columns` `[..., 4]`: the n largest of the four, over all rows."""
+    index = columns.unsqueeze(-2).expand(*blocks.shape[:-1], KEPT_COLUMNS)
+    return blocks.gather(-1, index).topk(n, dim=-1).values.sum((-1, -2))
+
+
+def _exact(blocks: Tensor, n: int) -> Tensor:
+    """Try every choice of 4 columns: scores `[X, V, M]` to `[X, 4]`."""
+    by_column = blocks.permute(2, 1, 0).contiguous()  # [M, V, X]
+    m = by_column.shape[0]
+    larger, both = {}, {}
+    for i, j in combinations(range(m), 2):
+        larger[i, j] = torch.maximum(by_column[i], by_column[j])
+        both[i, j] = by_column[i] + by_column[j]
+    best = torch.full((blocks.shape[0],), -torch.inf, dtype=blocks.dtype, device=blocks.device)
+    winner = torch.zeros(blocks.shape[0], dtype=torch.int64, device=blocks.device)
+    choices = list(combinations(range(m), KEPT_COLUMNS))
+    for index, (i, j, k, q) in enumerate(choices):
+        # The two largest of four: both of the first pair, both of the second, or the larger of each.
+        value = torch.add(larger[i, j], larger[k, q])
+        if n == 1:
+            value = torch.maximum(larger[i, j], larger[k, q])
+        else:
+            value = torch.maximum(torch.maximum(value, both[i, j]), both[k, q])
+        kept = value.sum(0)
+        winner = torch.where(kept > best, index, winner)
+        best = torch.maximum(best, kept)
+    return torch.tensor(choices, device=blocks.device)[winner]
+
+
+def _greedy_with_swaps(blocks: Tensor, n: int) -> Tensor:
+    """Grow the set column by column, then exchange single columns while that improves it: `[X, V, M]` to `[X, 4]`."""
+    columns = blocks.new_zeros(blocks.shape[0], 0, dtype=torch.int64)
+    for _ in range(KEPT_COLUMNS):
+        columns = torch.cat([columns, _value_with_each(blocks, columns, n).argmax(1, keepdim=True)], 1)
+    best = column_value(blocks, columns, n)
+    for _ in range(_MOST_SWEEPS):
+        improved = False
+        for position in range(KEPT_COLUMNS):
+            others = torch.cat([columns[:, :position], columns[:, position + 1 :]], 1)
+            values, candidate = _value_with_each(blocks, others, n).max(1)
+            better = values > best * (1 + 1e-6)
+            columns[:, position] = torch.where(better, candidate, columns[:, position])
+            best = torch.where(better, values, best)
+            improved |= bool(better.any())
+        if not improved:
+            break
+    return columns.sort(1).values
+
+
+def _value_with_each(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
+    """The score kept with `columns` `[X, c]` and one more, for every one more: `[X, M]`; -inf for those in the set."""
+    index = columns.unsqueeze(1).expand(*blocks.shape[:2], columns.shape[1])
+    largest = blocks.gather(2, index).sort(dim=2, descending=True).values[..., :n]
+    padded = torch.nn.functional.pad(largest, (0, n - largest.shape[2]))
+    # The new column takes the place of the smallest of the n kept ones, where it is larger.
+    gain = (blocks - padded[..., -1:]).clamp_min(0).sum(1)
+    total = padded.sum((1, 2)).unsqueeze(1) + gain
+    return total.scatter(1, columns, -torch.inf) if columns.shape[1] else total

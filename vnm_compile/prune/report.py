@@ -1,0 +1,55 @@
+"""What pruning did to each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerPruned:
+    """One pruned layer.
+
+    Attributes:
+        name: qualified name.
+        shape: `[out_features, in_features]`.
+        spec: its pattern as text.
+        retained: share of the weight's L1 norm that is left in the kept places (before any update of the weights).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    spec: str
+    retained: float
+
+
+class SparsifyReport:
+    """What `vnm.sparsify` returns: `print` it, or take `.layers` or `.to_dict()`."""
+
+    def __init__(self, method: str, layers: Iterable[LayerPruned]) -> None:
+        self.method = method
+        self.layers = list(layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        return {"method": self.method, "layers": [asdict(layer) for layer in self.layers]}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"pruned by {self.method}", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for column in ("weight", "spec", "L1 norm kept"):
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            shape = " x ".join(map(str, layer.shape))
+            table.add_row(layer.name, shape, layer.spec, f"{layer.retained:.3f}")
+        yield table
+
+    def __str__(self) -> str:
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
