@@ -21,9 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--update-golden") and os.environ.get("CI"):
-        raise pytest.UsageError(
-            "--update-golden is refused in CI: regenerate on your machine and review the diff."
-        )
+        raise pytest.UsageError("--update-golden is refused in CI: regenerate on your machine and review the diff.")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,7 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _fresh_dynamo():
     """No compiled code of one test answers in another."""
     torch._dynamo.reset()
-    yield
 
 
 @pytest.fixture
@@ -57,9 +54,7 @@ def golden(request: pytest.FixtureRequest):
             path.write_text(text)
             pytest.fail(f"golden {name} rewritten: review the diff, then run again without --update-golden")
         assert path.exists(), f"golden {name} is missing; run pytest --update-golden"
-        assert text == path.read_text(), (
-            f"golden {name} differs; run pytest --update-golden and review the diff"
-        )
+        assert text == path.read_text(), f"golden {name} differs; run pytest --update-golden and review the diff"
 
     return compare
 
@@ -70,7 +65,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     skipped = len(reporter.stats.get("skipped", []))
     whole = not session.config.option.keyword and session.config.args_source.name != "ARGS"
-    unused = sorted(set(p for p in GOLDEN.rglob("*") if p.is_file()) - _used) if whole else []
+    unused = sorted({p for p in GOLDEN.rglob("*") if p.is_file()} - _used) if whole else []
     if os.environ.get("CI") and skipped > ALLOWED_SKIPS_IN_CI:
         reporter.write_line(f"{skipped} tests skipped, {ALLOWED_SKIPS_IN_CI} allowed in CI", red=True)
         session.exitstatus = 1

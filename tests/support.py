@@ -11,7 +11,7 @@ from vnm_compile.spec import Spec
 def random_sparse(
     out_features: int, in_features: int, spec: Spec | str, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Tensor:
-    """A random weight `[out_features, in_features]` that follows `spec`, kept columns and values all drawn at random."""
+    """A random weight `[out_features, in_features]` that follows `spec`: kept columns and values drawn at random."""
     spec = Spec.parse(spec)
     generator = torch.Generator().manual_seed(seed)
     rows, groups = spec.rows(out_features), spec.groups(in_features)
