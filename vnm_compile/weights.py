@@ -30,19 +30,23 @@ def stamp(weight: Tensor) -> Stamp:
     return (0 if weight.is_inference() else weight._version, weight.data_ptr())
 
 
-_detected: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_detected: dict[bool, WeakIdKeyDictionary] = {False: WeakIdKeyDictionary(), True: WeakIdKeyDictionary()}
 
 
 def detected_spec(weight: Tensor, transposed: bool) -> Spec | None:
     """`format.detect`, remembered for as long as the weight lives and is not written to."""
-    seen, spec = _detected.get(weight, (None, None))
+    remembered = _detected[transposed]
+    seen, spec = remembered.get(weight, (None, None))
     if seen != stamp(weight):
         with torch.no_grad(), _disable_current_modes():
             matrix = weight.t() if transposed else weight
             if spec is None or not matches(matrix, spec):
                 spec = detect(matrix)
-        _detected[weight] = (stamp(weight), spec)
+        remembered[weight] = (stamp(weight), spec)
     return spec
+
+
+_Key = tuple[tuple[int, ...], tuple[bool, ...], Spec]
 
 
 class _Entry(NamedTuple):
@@ -54,7 +58,7 @@ class PackStore:
     """Packed arrays by the identity of the weights they were made from; holds no weight alive."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[tuple[int, ...], Spec], _Entry] = {}
+        self._entries: dict[_Key, _Entry] = {}
 
     def get(self, weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Packed:
         """Return the canonical arrays of `weights`, joined along the rows; packed again if one has changed.
@@ -68,7 +72,7 @@ class PackStore:
         """
         if len(weights) == 1 and isinstance(weights[0], VNMTensor):
             return weights[0].packed
-        key = (tuple(map(id, weights)), spec)
+        key = (tuple(map(id, weights)), tuple(transposed), spec)
         stamps = tuple(map(stamp, weights))
         entry = self._entries.get(key)
         if entry is not None and entry.stamps == stamps:
@@ -93,7 +97,8 @@ class PackStore:
         """Drop what was packed from any of `weights`, so that it is packed again when next needed."""
         gone = set(map(id, weights))
         for weight in weights:
-            _detected.pop(weight, None)
+            for remembered in _detected.values():
+                remembered.pop(weight, None)
         for key, entry in self._entries.items():
             if gone & set(key[0]):
                 self._entries[key] = _Entry(entry.packed, ())
