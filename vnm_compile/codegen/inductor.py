@@ -12,17 +12,44 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import ir, list_mode_options, lowering
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf, get_export_declaration
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
+from torch._inductor.select_algorithm import autotune_select_algorithm
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V
+from torch._inductor.virtualized import ops as inner_ops
 
 from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered below)
 
-__all__ = ["cache_dir", "compile_graph", "has_lowering", "mode_options", "source_hash"]
+__all__ = [
+    "CppTemplate",
+    "CppTemplateKernel",
+    "V",
+    "cache_dir",
+    "choose",
+    "compile_graph",
+    "contiguous_matrix",
+    "cpu_threads",
+    "export_declaration",
+    "fake_buffer",
+    "has_lowering",
+    "ir",
+    "local_buffer",
+    "matrix_layout",
+    "mode_options",
+    "reshape",
+    "source_hash",
+    "store_copy",
+    "view_epilogue_in_2d",
+]
 
 
 @functools.cache
@@ -30,7 +57,7 @@ def source_hash(folder: str = "") -> str:
     """Hash of every source and template file in a folder of the package: what a cached kernel depends on."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(p for p in (package / folder).rglob("*") if p.suffix in {".py", ".jinja"}):
+    for path in sorted(p for p in (package / folder).rglob("*") if p.suffix in {".py", ".jinja", ".h"}):
         digest.update(str(path.relative_to(package)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -80,11 +107,11 @@ def compile_graph(
 def _register(op: torch._ops.OpOverload, name: str) -> None:
     """Lower `op` to the function `name` of the lowering module that fits the device of its first argument."""
 
-    @register_lowering(op, type_promotion_kind=None)
+    @lowering.register_lowering(op, type_promotion_kind=None)
     def lower(x, *args):  # type: ignore[no-untyped-def]
-        lowering = _device_lowering(x.get_device().type, name)
-        result = lowering(x, *args) if lowering else None
-        return fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
+        ours = _device_lowering(x.get_device().type, name)
+        result = ours(x, *args) if ours else None
+        return lowering.fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
 
 
 def has_lowering(device: str) -> bool:
@@ -108,9 +135,82 @@ _register(torch.ops.vnm.linear.default, "linear")
 _register(torch.ops.vnm.gated_linear.default, "gated_linear")
 
 
-@register_lowering(torch.ops.vnm.sections.default, type_promotion_kind=None)
+@lowering.register_lowering(torch.ops.vnm.sections.default, type_promotion_kind=None)
 def _lower_sections(y, widths, strides):  # type: ignore[no-untyped-def]
     """Views of the joined output: the kernel that made it has written every section in place."""
-    cut, last = lowerings[torch.ops.aten.slice.Tensor], len(y.get_size()) - 1
+    cut, last = lowering.lowerings[torch.ops.aten.slice.Tensor], len(y.get_size()) - 1
     starts = [sum(strides[:i]) for i in range(len(strides))]
     return [cut(y, last, start, start + width) for start, width in zip(starts, widths, strict=True)]
+
+
+# What lowerings are written with.
+
+
+def contiguous_matrix(node: Any, flatten: bool = True) -> Any:
+    """A realised, contiguous buffer; with leading dimensions flattened into one where asked for."""
+    if flatten:
+        *leading, last = node.get_size()
+        node = reshape(node, [sympy.prod(leading), last])
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+
+
+def matrix_layout(matrix: Any, columns: int) -> Any:
+    """The layout of a contiguous result with the rows, dtype and device of `matrix`."""
+    return ir.FixedLayout(matrix.get_device(), matrix.get_dtype(), [matrix.get_size()[0], columns])
+
+
+def reshape(node: Any, size: Sequence[Any]) -> Any:
+    """A view of an IR node in another size."""
+    return lowering.lowerings[torch.ops.aten.view.default](node, list(size))
+
+
+def choose(template: Any, inputs: list[Any], layout: Any) -> Any:
+    """The node of a template that needs no choice between configurations."""
+    choices: list[Any] = []
+    error = template.maybe_append_choice(choices)
+    if error is not None:
+        raise error
+    result = autotune_select_algorithm(template.name, choices, inputs, layout)
+    return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.13 on
+
+
+# What C++ templates are written with.
+
+
+def cpu_threads() -> int:
+    """Threads that a generated C++ kernel uses, as Inductor's own do."""
+    return parallel_num_threads()
+
+
+def export_declaration() -> str:
+    """What makes a C++ function visible to Inductor's loader."""
+    return get_export_declaration()
+
+
+def fake_buffer(name: str, layout: Any) -> Any:
+    """A buffer that exists only inside a template."""
+    return ir.Buffer(name=name, layout=layout)
+
+
+def local_buffer(kernel: CppTemplateKernel, name: str, sizes: list[Any], dtype: torch.dtype) -> Any:
+    """A buffer that the template's code allocates under `name`; sizes may be names of its C++ variables."""
+    layout = ir.FixedLayout(torch.device("cpu"), dtype, parse_expr_with_index_symbols(sizes))
+    kernel.local_buffers[name] = ir.Buffer(name=name, layout=layout)
+    return kernel.local_buffers[name]
+
+
+def store_copy(name: str, source: Any) -> Any:
+    """A computed buffer `name` that copies `source`, converted to its dtype."""
+    load, dtype = source.make_loader(), source.get_dtype()
+    data = ir.Pointwise(
+        device=source.get_device(),
+        dtype=dtype,
+        inner_fn=lambda index: inner_ops.to_dtype(load(index), dtype),
+        ranges=source.get_size(),
+    )
+    return ir.ComputedBuffer(name=name, layout=source.layout, data=data)
+
+
+def view_epilogue_in_2d(target: Any, result: Any, nodes: list[Any], reindexers: list[Any]) -> tuple[Any, list[Any]]:
+    """The last of `nodes` seen as the 2-D result of the template, and how each node's indices follow from 2-D ones."""
+    return gen_2d_view_of_epilogue_buf(target, result, nodes, reindexers, default_reindexers=[None] * len(nodes))

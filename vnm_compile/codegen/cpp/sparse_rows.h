@@ -1,0 +1,269 @@
+// Sparse rows times dense tokens: the arithmetic of V:N:M on a CPU.
+//
+// Two kernels, both over rows of one V block, both reading every compressed byte once and in order:
+//
+//   rows_times_tokens     tokens in the vector lanes. x is transposed once, so that a column of the weight is a row of
+//                         tokens; a value is broadcast, its 2-bit index picks one of the block's 4 column addresses, and
+//                         one FMA a vector of tokens does only the N/M of the work that is not zero:
+//
+//        xt   [in_features][tokens]         acc [rows][tokens]
+//        column g*M+c0  | | | | | | | |
+//        column g*M+c1  |#|#|#|#|#|#|#|  x value ->  += row r
+//        column g*M+c2  | | | | | | | |         (index 1)
+//        column g*M+c3  | | | | | | | |
+//
+//   rows_times_few_tokens  groups in the vector lanes, for 1 to 4 tokens, where only the weight's bytes count. The kept
+//                          activations of 8 groups (N = 2) fill two registers, and a permute by the indices lines them
+//                          up with 16 values:
+//
+//        values    | v0 v1 | v2 v3 | v4 v5 | ...       16 of 8 groups, as stored
+//        indices   | i0 i1 | i2 i3 | i4 i5 | ...       32 bits of metadata, spread over the lanes
+//        kept      | k0 k1 k2 k3 | k4 k5 k6 k7 | ...   gathered once a block
+#pragma once
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace vnm {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+// Floats at a cache line's start: an unaligned vector load would touch two lines.
+inline Buffer aligned_buffer(int64_t count) {
+  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+  return Buffer(static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
+}
+
+// x [tokens, columns] (row stride ldx) to xt [columns][ld] in float; lanes past `tokens` up to whole vectors are zero.
+template <typename S>
+inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, float* xt, int64_t ld) {
+  alignas(64) float square[kLanes * kLanes];
+  for (int64_t t = 0; t < tokens; t += kLanes) {
+    const int64_t nt = std::min(kLanes, tokens - t);
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      const int64_t nk = std::min(kLanes, columns - k);
+      if (nt < kLanes || nk < kLanes) {
+        std::fill(square, square + kLanes * kLanes, 0.f);
+      }
+      for (int64_t i = 0; i < nt; ++i) {
+        const S* row = x + (t + i) * ldx + k;
+        for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(row[j]);
+      }
+      if (nk == kLanes) {
+        at::vec::transpose_mxn<float>(square, kLanes, xt + k * ld + t, ld, kLanes, kLanes);
+      } else {
+        for (int64_t j = 0; j < nk; ++j)
+          for (int64_t i = 0; i < kLanes; ++i) xt[(k + j) * ld + t + i] = square[i * kLanes + j];
+      }
+    }
+  }
+}
+
+// Where the 4 kept columns of each group start in xt; columns past the last one point at a row of zeros.
+template <typename C>
+inline void column_offsets(
+    const C* columns, int64_t groups, int64_t m, int64_t in_features, int64_t ld, int32_t* offsets) {
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t c = 0; c < 4; ++c) {
+      offsets[g * 4 + c] = static_cast<int32_t>(std::min<int64_t>(g * m + columns[g * 4 + c], in_features) * ld);
+    }
+  }
+}
+
+// acc [R][ld] += rows [R] of groups [begin, end), for NV vectors of tokens. `begin` starts a metadata byte.
+template <typename S, int N, int NV, int R>
+inline void rows_times_tokens(
+    const float* xt, const int32_t* offsets, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm,
+    int64_t begin, int64_t end, float* acc, int64_t ld) {
+  Vec sum[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sum[r][v] = Vec::loadu(acc + r * ld + v * kLanes);
+  const auto step = [&](int r, int64_t value, int32_t offset) __attribute__((always_inline)) {
+    const float* row = xt + offset;
+    const Vec w(static_cast<float>(values[r * ldv + value]));
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sum[r][v] = at::vec::fmadd(w, Vec::loadu(row + v * kLanes), sum[r][v]);
+  };
+  const int64_t last = end * N;
+  int64_t value = begin * N;
+  for (; value + 4 <= last; value += 4) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const uint32_t codes = metadata[r * ldm + value / 4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) step(r, value + i, offsets[((value + i) / N) * 4 + ((codes >> (2 * i)) & 3)]);
+    }
+  }
+  for (; value < last; ++value) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const uint32_t codes = metadata[r * ldm + value / 4];
+      step(r, value, offsets[(value / N) * 4 + ((codes >> (2 * (value % 4))) & 3)]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sum[r][v].store(acc + r * ld + v * kLanes);
+}
+
+// tile [tokens][ldt] = x @ rows.T for `rows` rows of one block; acc [rows][ld] is scratch, ld = NV vectors.
+template <typename S, int N, int NV>
+inline void block_times_tokens(
+    const float* xt, const int32_t* offsets, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm,
+    int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
+  // Groups at a time: so few that the rows of tokens they keep stay in the L1/L2 cache while all rows pass over them.
+  constexpr int64_t kGroups = 64;
+  // Rows at a time: enough independent sums to hide the latency of an FMA, and not more than there are registers.
+  constexpr int R = NV == 1 ? 8 : (kLanes >= 16 ? 4 : 2);
+  std::fill(acc, acc + rows * ld, 0.f);
+  for (int64_t begin = 0; begin < groups; begin += kGroups) {
+    const int64_t end = std::min(groups, begin + kGroups);
+    int64_t r = 0;
+    for (; r + R <= rows; r += R)
+      rows_times_tokens<S, N, NV, R>(
+          xt, offsets, values + r * ldv, ldv, metadata + r * ldm, ldm, begin, end, acc + r * ld, ld);
+    for (; r < rows; ++r)
+      rows_times_tokens<S, N, NV, 1>(
+          xt, offsets, values + r * ldv, ldv, metadata + r * ldm, ldm, begin, end, acc + r * ld, ld);
+  }
+  int64_t r = 0;
+  for (; r + kLanes <= rows; r += kLanes) {
+    int64_t t = 0;
+    for (; t + kLanes <= tokens; t += kLanes)
+      at::vec::transpose_mxn<float>(acc + r * ld + t, ld, tile + t * ldt + r, ldt, kLanes, kLanes);
+    for (; t < tokens; ++t)
+      for (int64_t i = 0; i < kLanes; ++i) tile[t * ldt + r + i] = acc[(r + i) * ld + t];
+  }
+  for (; r < rows; ++r)
+    for (int64_t t = 0; t < tokens; ++t) tile[t * ldt + r] = acc[r * ld + t];
+}
+
+// The 4 kept activations of each group, side by side; 0 for columns past the last one. `kept` [groups * 4].
+template <typename S, typename C>
+inline void gather_kept(
+    const S* x, const C* columns, int64_t groups, int64_t m, int64_t in_features, float* kept) {
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t c = 0; c < 4; ++c) {
+      const int64_t column = g * m + columns[g * 4 + c];
+      kept[g * 4 + c] = column < in_features ? static_cast<float>(x[column]) : 0.f;
+    }
+  }
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+inline __m512 load_values(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 load_values(const at::BFloat16* p, __mmask16 mask) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+inline __m512 load_values(const at::Half* p, __mmask16 mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
+}
+
+// sums[t][r] of R rows and T tokens. `kept` [T][ldk], zero from groups * 4 up to a multiple of 64.
+template <typename S, int N, int T, int R>
+inline void rows_times_few_tokens(
+    const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
+    float* sums, int64_t lds) {
+  constexpr int64_t kGroups = 16 / N;  // groups of 16 values: 4 bytes of metadata
+  __m512 sum[R][T];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) sum[r][t] = _mm512_setzero_ps();
+  const __m512i shifts =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  // First entry of a lane's group in the 32 that a permute picks from: two lanes a group where N is 2.
+  const __m512i first = N == 2 ? _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28)
+                               : _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512i three = _mm512_set1_epi32(3);
+  const int64_t bytes = (groups * N + 3) / 4;
+  for (int64_t g = 0; g < groups; g += kGroups) {
+    const int64_t count = std::min<int64_t>(16, (groups - g) * N);
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+    __m512i index[R];
+    __m512 value[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      uint32_t codes = 0;
+      const uint8_t* source = metadata + r * ldm + g * N / 4;
+      if (count == 16) {
+        std::memcpy(&codes, source, 4);
+      } else {
+        std::memcpy(&codes, source, bytes - g * N / 4);
+      }
+      const __m512i spread = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(codes)), shifts);
+      index[r] = _mm512_ternarylogic_epi32(spread, three, first, 0xEA);  // (spread & three) | first
+      value[r] = load_values(values + r * ldv + g * N, mask);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const float* table = kept + t * ldk + g * 4;
+      const __m512 t0 = _mm512_loadu_ps(table), t1 = _mm512_loadu_ps(table + 16);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        __m512 picked = _mm512_permutex2var_ps(t0, index[r], t1);
+        if constexpr (N == 1) {
+          const __m512 t2 = _mm512_loadu_ps(table + 32), t3 = _mm512_loadu_ps(table + 48);
+          picked = _mm512_mask_mov_ps(picked, 0xFF00, _mm512_permutex2var_ps(t2, index[r], t3));
+        }
+        sum[r][t] = _mm512_fmadd_ps(value[r], picked, sum[r][t]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) sums[t * lds + r] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+#else
+
+template <typename S, int N, int T, int R>
+inline void rows_times_few_tokens(
+    const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
+    float* sums, int64_t lds) {
+  for (int r = 0; r < R; ++r) {
+    // Two sums a token: a single one would wait for itself at every value.
+    float sum[T][2] = {};
+    for (int64_t value = 0; value < groups * N; ++value) {
+      const uint32_t code = (metadata[r * ldm + value / 4] >> (2 * (value % 4))) & 3;
+      const float w = static_cast<float>(values[r * ldv + value]);
+      for (int t = 0; t < T; ++t) sum[t][value & 1] += w * kept[t * ldk + (value / N) * 4 + code];
+    }
+    for (int t = 0; t < T; ++t) sums[t * lds + r] = sum[t][0] + sum[t][1];
+  }
+}
+
+#endif
+
+// tile [T][ldt] = x @ rows.T for `rows` rows of one block and T tokens.
+template <typename S, int N, int T>
+inline void block_times_few_tokens(
+    const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
+    int64_t rows, float* tile, int64_t ldt) {
+  constexpr int R = 4;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R)
+    rows_times_few_tokens<S, N, T, R>(
+        kept, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + r, ldt);
+  for (; r < rows; ++r)
+    rows_times_few_tokens<S, N, T, 1>(
+        kept, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + r, ldt);
+}
+
+}  // namespace vnm

@@ -1,0 +1,127 @@
+"""The C++ template of `vnm::linear` and `vnm::gated_linear`: what it is filled in with, and how Inductor's epilogue
+joins it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from vnm_compile.codegen.inductor import (
+    CppTemplate,
+    CppTemplateKernel,
+    V,
+    export_declaration,
+    fake_buffer,
+    local_buffer,
+    store_copy,
+    view_epilogue_in_2d,
+)
+from vnm_compile.spec import Spec
+
+_FOLDER = Path(__file__).parent
+
+# What a gated unit applies to the gate `g`, a vector of floats.
+ACTIVATIONS = {
+    "silu": "g / (vnm::Vec(1.f) + g.neg().exp())",
+    "sigmoid": "vnm::Vec(1.f) / (vnm::Vec(1.f) + g.neg().exp())",
+    "relu": "at::vec::maximum(g, vnm::Vec(0.f))",
+    "gelu": "vnm::Vec(.5f) * g * (vnm::Vec(1.f) + (g * vnm::Vec(0.70710678118654752f)).erf())",
+    "gelu_tanh": (
+        "vnm::Vec(.5f) * g * (vnm::Vec(1.f) + (vnm::Vec(0.79788456080286536f) * "
+        "(g + vnm::Vec(0.044715f) * g * g * g)).tanh())"
+    ),
+}
+
+
+@cache
+def _source(name: str) -> str:
+    return (_FOLDER / name).read_text()
+
+
+class SparseLinearTemplate(CppTemplate):
+    """One C++ kernel for a sparse linear, or for a gated pair of them, with whatever Inductor fuses after it."""
+
+    def __init__(
+        self,
+        input_nodes: list[Any],
+        layout: Any,
+        spec: Spec,
+        in_features: int,
+        out_features: int,
+        num_threads: int,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__("vnm_gated_linear" if activation else "vnm_linear", input_nodes, layout, num_threads)
+        self.spec = spec
+        self.in_features, self.out_features = in_features, out_features
+        self.activation = activation
+
+    def render(  # type: ignore[override]
+        self,
+        kernel: CppTemplateKernel,
+        template_buffer_node: Any = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[Any] | None = None,
+        **_: Any,
+    ) -> str:
+        """Return the source of the kernel; the nodes are the result and what Inductor computes from it in place."""
+        result = template_buffer_node if template_buffer_node is not None else self.output_node
+        product, target, target_2d = result, result, result
+        epilogues: list[Any] = []
+        reindexers: list[Any] = []
+        aliases: set[str] = set()
+        with ExitStack() as stack:
+            if epilogue_nodes and flag_template_buffer_has_other_users:
+                # Somebody else reads the bare result: it is written too, from a product that only exists in the tile.
+                product = fake_buffer(f"{result.get_name()}_product", result.layout)
+                stack.enter_context(patch.object(V.graph, "get_dtype", self._fake_get_dtype(product)))
+                epilogues.append(store_copy(result.get_name(), product))
+                reindexers.append(None)
+                aliases.add(product.get_name())
+            if epilogue_nodes:
+                if not flag_template_buffer_has_other_users:
+                    aliases.add(result.get_name())
+                epilogues += epilogue_nodes
+                target = epilogues[-1]
+                target_2d, reindexers = view_epilogue_in_2d(target, result, epilogue_nodes, reindexers)
+            x, values, metadata, columns = self.input_nodes
+            return self._template_from_string(_source("linear.cpp.jinja")).render(
+                template=self,
+                kernel=kernel,
+                arithmetic=_source("sparse_rows.h").replace("#pragma once\n", ""),
+                export_declaration=export_declaration(),
+                X=x,
+                values=values,
+                metadata=metadata,
+                columns=columns,
+                Y=target,
+                Y_2d=target_2d,
+                GemmOut=product,
+                aliases={alias: target.get_name() for alias in sorted(aliases)},
+                epilogue_nodes=epilogues,
+                reindexers=reindexers,
+                spec=self.spec,
+                in_features=self.in_features,
+                out_features=self.out_features,
+                rows=self._rows(),
+                num_threads=self.num_threads,
+                gated=self.activation is not None,
+                activation=ACTIVATIONS.get(self.activation or ""),
+            )
+
+    def local_tile(self, kernel: CppTemplateKernel, name: str, sizes: list[Any]) -> Any:
+        """Make a local float buffer, which the template allocates itself, known to the kernel."""
+        return local_buffer(kernel, name, sizes, torch.float32)
+
+    def _rows(self) -> int:
+        """Rows of a work item: a V block, or a part of one where there are too few blocks for the threads."""
+        rows = min(self.spec.v, 64)
+        blocks = -(-self.out_features // self.spec.v)
+        while rows > 16 and blocks * -(-self.spec.v // rows) < 2 * self.num_threads:
+            rows //= 2
+        return rows
