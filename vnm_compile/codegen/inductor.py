@@ -109,9 +109,20 @@ def _register(op: torch._ops.OpOverload, name: str) -> None:
 
     @lowering.register_lowering(op, type_promotion_kind=None)
     def lower(x, *args):  # type: ignore[no-untyped-def]
-        ours = _device_lowering(x.get_device().type, name)
-        result = ours(x, *args) if ours else None
+        ours = _device_lowering(x.get_device().type, name) if _ours_is_compiling() else None
+        # Sizes of a weight are made static here where dynamic=True has made them symbols.
+        static = [V.graph.sizevars.guard_int(arg) if isinstance(arg, sympy.Expr) else arg for arg in args]
+        result = ours(x, *static) if ours else None
         return lowering.fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
+
+
+def _ours_is_compiling() -> bool:
+    """Whether the compilation under way carries our cache key.
+
+    Plain Inductor may meet the ops too, through a VNMTensor. Its caches would keep our kernels under a key that does
+    not name our sources, and answer a later version of the package with them; so there the reference runs.
+    """
+    return isinstance(inductor_config.post_grad_custom_post_pass, CacheKey)
 
 
 def has_lowering(device: str) -> bool:

@@ -89,7 +89,7 @@ inline void rows_times_tokens(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) sum[r][v] = Vec::loadu(acc + r * ld + v * kLanes);
+    for (int v = 0; v < NV; ++v) sum[r][v] = Vec(0.f);
   const auto step = [&](int r, int64_t value, int32_t offset) __attribute__((always_inline)) {
     const float* row = xt + offset;
     const Vec w(static_cast<float>(values[r * ldv + value]));
@@ -116,28 +116,41 @@ inline void rows_times_tokens(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) sum[r][v].store(acc + r * ld + v * kLanes);
+    for (int v = 0; v < NV; ++v) {
+      float* to = acc + r * ld + v * kLanes;
+      (Vec::loadu(to) + sum[r][v]).store(to);
+    }
 }
 
-// tile [tokens][ldt] = x @ rows.T for `rows` rows of one block; acc [rows][ld] is scratch, ld = NV vectors.
+// tile [tokens][ldt] = x @ rows.T for `rows` rows of one block; acc [2][rows][ld] is scratch.
 template <typename S, int N, int NV>
 inline void block_times_tokens(
     const float* xt, const int32_t* offsets, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm,
     int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
-  // Groups at a time: so few that the rows of tokens they keep stay in the L1/L2 cache while all rows pass over them.
-  constexpr int64_t kGroups = 64;
+  // Sums of sums of sums, so that they round no worse than those of a dense kernel, which also adds up in blocks: in
+  // registers over kGroups groups, in `part` over kPart, then in `acc`. kPart groups keep so few rows of tokens that these
+  // stay in the L1 cache while all rows of the weight pass over them.
+  constexpr int64_t kGroups = 8, kPart = 64;
   // Rows at a time: enough independent sums to hide the latency of an FMA, and not more than there are registers.
   constexpr int R = NV == 1 ? 8 : (kLanes >= 16 ? 4 : 2);
+  float* part = acc + rows * ld;
   std::fill(acc, acc + rows * ld, 0.f);
-  for (int64_t begin = 0; begin < groups; begin += kGroups) {
-    const int64_t end = std::min(groups, begin + kGroups);
-    int64_t r = 0;
-    for (; r + R <= rows; r += R)
-      rows_times_tokens<S, N, NV, R>(
-          xt, offsets, values + r * ldv, ldv, metadata + r * ldm, ldm, begin, end, acc + r * ld, ld);
-    for (; r < rows; ++r)
-      rows_times_tokens<S, N, NV, 1>(
-          xt, offsets, values + r * ldv, ldv, metadata + r * ldm, ldm, begin, end, acc + r * ld, ld);
+  for (int64_t first = 0; first < groups; first += kPart) {
+    const int64_t stop = std::min(groups, first + kPart);
+    float* to = first == 0 ? acc : part;
+    if (first > 0) std::fill(part, part + rows * ld, 0.f);
+    for (int64_t begin = first; begin < stop; begin += kGroups) {
+      const int64_t end = std::min(stop, begin + kGroups);
+      int64_t r = 0;
+      for (; r + R <= rows; r += R)
+        rows_times_tokens<S, N, NV, R>(
+            xt, offsets, values + r * ldv, ldv, metadata + r * ldm, ldm, begin, end, to + r * ld, ld);
+      for (; r < rows; ++r)
+        rows_times_tokens<S, N, NV, 1>(
+            xt, offsets, values + r * ldv, ldv, metadata + r * ldm, ldm, begin, end, to + r * ld, ld);
+    }
+    if (first > 0)
+      for (int64_t i = 0; i < rows * ld; i += kLanes) (Vec::loadu(acc + i) + Vec::loadu(part + i)).store(acc + i);
   }
   int64_t r = 0;
   for (; r + kLanes <= rows; r += kLanes) {
