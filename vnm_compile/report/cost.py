@@ -23,14 +23,16 @@ class CostModel:
     """Bytes, flops and time of one linear, dense and sparse, as expressions in the number of tokens T.
 
     Assumptions: every byte of weight, input and output crosses the memory bus once; memory traffic and arithmetic
-    overlap perfectly, so the longer of the two is the time; sparse kernels compute on the 4 kept columns of each group
-    at the dense rate (sparse tensor cores would halve that once more).
+    overlap perfectly, so the longer of the two is the time. On GPUs the sparse kernels compute on the 4 kept columns of
+    each group at the dense tensor-core rate (sparse tensor cores would halve that once more); on CPUs they multiply the
+    kept values only, at the rate of dense vectors.
 
     Attributes:
         out_features, in_features: size of the weight.
         spec: its pattern.
         dtype: of weight and activation.
         balance: flop/byte of the machine.
+        values_only: arithmetic on the kept values only (CPUs), not on the kept columns (GPUs).
     """
 
     out_features: int
@@ -38,12 +40,13 @@ class CostModel:
     spec: Spec
     dtype: torch.dtype
     balance: float
+    values_only: bool = False
 
     @classmethod
     def on(cls, device: str, out_features: int, in_features: int, spec: Spec, dtype: torch.dtype) -> CostModel:
         """The model for a device type, with the balance that `BALANCE` assumes for it."""
         balance = BALANCE[("cpu" if device == "cpu" else "cuda", max(2, min(4, dtype.itemsize)))]
-        return cls(out_features, in_features, spec, dtype, balance)
+        return cls(out_features, in_features, spec, dtype, balance, values_only=device == "cpu")
 
     @property
     def activation_bytes(self) -> sympy.Expr:
@@ -67,8 +70,8 @@ class CostModel:
 
     @property
     def sparse_flops(self) -> sympy.Expr:
-        """Floating-point operations of the sparse layer: those on the kept columns."""
-        kept = self.spec.groups(self.in_features) * KEPT_COLUMNS
+        """Floating-point operations of the sparse layer: those on the kept values, or on the kept columns."""
+        kept = self.spec.groups(self.in_features) * (self.spec.n if self.values_only else KEPT_COLUMNS)
         return 2 * TOKENS * self.spec.rows(self.out_features) * kept
 
     @cached_property

@@ -135,8 +135,8 @@ class Explanation:
             low, high = min(s.crossover or 0 for s in bounds), max(s.crossover or 0 for s in bounds)
             span = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} (smallest layer) to {high:.0f} (largest)"
             lines.append(
-                f"Limits: every byte moved once, the dense rate on the kept columns, balance of {self.device} as in "
-                f"vnm_compile.report.cost. Arithmetic, not memory, bounds the sparse kernels from T = {span} on."
+                f"Limits: the cost model of vnm_compile.report.cost for {self.device}, every byte moved once. "
+                f"Arithmetic, not memory, bounds the sparse kernels from T = {span} on."
             )
         return "\n".join(lines)
 

@@ -56,6 +56,21 @@ def test_linear_is_as_accurate_as_dense(spec, out_features, in_features, dtype):
         assert_as_accurate_as_dense(run(x, *packed), nn.functional.linear(x, weight), reference)
 
 
+@pytest.mark.parametrize("bits", [256, 1], ids=["AVX2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_instruction_sets(bits, dtype):
+    """What older x86 and other machines run; simdlen is Inductor's own switch for the vector width."""
+    for text, out_features, in_features in (("32:2:5", 100, 203), ("16:1:8", 40, 70)):
+        spec = Spec.parse(text)
+        weight, packed = operands(spec, out_features, in_features, dtype)
+        sizes = (spec.v, spec.n, spec.m, in_features, out_features)
+        run = compiled(lambda x, *a, sizes=sizes: torch.ops.vnm.linear(x, *a, *sizes), options={"cpp.simdlen": bits})
+        for tokens in (1, 3, 6, 33):
+            x = torch.randn(tokens, in_features).to(dtype)
+            reference = x.double() @ weight.double().T
+            assert_as_accurate_as_dense(run(x, *packed), nn.functional.linear(x, weight), reference)
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_gated(name):
     spec = Spec(32, 2, 8)

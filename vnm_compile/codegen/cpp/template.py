@@ -70,7 +70,7 @@ class SparseLinearTemplate(CppTemplate):
         **_: Any,
     ) -> str:
         """Return the source of the kernel; the nodes are the result and what Inductor computes from it in place."""
-        result = template_buffer_node if template_buffer_node is not None else self.output_node
+        result: Any = template_buffer_node if template_buffer_node is not None else self.output_node
         product, target, target_2d = result, result, result
         epilogues: list[Any] = []
         reindexers: list[Any] = []
