@@ -1,0 +1,45 @@
+"""The ways to run a model that are compared: three dense ones a user could pick, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vnm_compile.codegen.measure import random_packed
+from vnm_compile.format import unpack
+from vnm_compile.problem import Problem
+from vnm_compile.spec import Spec
+
+OURS = "vnm"
+
+
+def contenders(model: nn.Module, args: tuple[Any, ...], policy: str) -> dict[str, Callable[[], Any]]:
+    """Eager, compiled, compiled with frozen weights, and `backend="vnm"`, each bound to its arguments."""
+    torch._dynamo.reset()
+    compiled = {
+        "eager": model,
+        "compile": torch.compile(model),
+        "freezing": torch.compile(model, options={"freezing": True}),
+        OURS: torch.compile(model, backend="vnm", options={"vnm.policy": policy}),
+    }
+    return {name: partial(call, *args) for name, call in compiled.items()}
+
+
+def random_weight(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """A random dense weight `[out_features, in_features]` that follows `spec`."""
+    problem = Problem(1, out_features, in_features, spec, dtype, torch.device("cpu"))
+    return unpack(random_packed(problem, seed), spec, out_features, in_features)
+
+
+def fill_with_pattern(model: nn.Module, spec: Spec, exclude: tuple[str, ...] = ()) -> nn.Module:
+    """Give every `nn.Linear` of `model` a random weight that follows `spec`, in place."""
+    for seed, (name, layer) in enumerate(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name not in exclude:
+            weight = random_weight(layer.out_features, layer.in_features, spec, layer.weight.dtype, seed)
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+    return model

@@ -1,0 +1,98 @@
+"""Sparse against dense on this machine's CPU: `python -m benchmarks.cpu [--quick] [--sections layers,small,models]`.
+
+Every row times four ways of computing the same thing in turn: eager, torch.compile, torch.compile with freezing, and
+backend="vnm". The ratio is that of the medians, the fastest of the three dense ones over ours; the quartiles are those
+of the ratio round by round. Results go to benchmarks/results (JSON, PNG) and into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import cpu_layers, cpu_models
+from benchmarks.contenders import OURS
+from benchmarks.report import Row, markdown, plot, replace_between, show
+from benchmarks.timing import Result
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SECTIONS = {
+    "layers": "One linear with bias, policy memory",
+    "small": "One linear with bias, policy latency: never slower than dense",
+    "models": "Whole models, policy latency",
+}
+
+
+def _row(section: str, result: Result, *what: str, limit: float | None, target: float | None) -> Row:
+    dense, sparse = result.seconds[result.baseline], result.seconds[OURS]
+    figures = (result.baseline, dense, sparse, result.ratio, result.low, result.high, limit, target)
+    return Row(section, *what, *figures)
+
+
+def _layers(section: str, quick: bool, seconds: float) -> Iterator[Row]:
+    for case in (cpu_layers.large if section == "layers" else cpu_layers.small)(quick):
+        result = cpu_layers.run(case, seconds)
+        name = f"{case.out_features} x {case.in_features}"
+        tokens = f"{case.tokens}{' cold' if case.cold else ''}"
+        what = (name, str(case.dtype).removeprefix("torch."), str(case.spec), tokens)
+        yield _row(section, result, *what, limit=case.limit, target=case.target)
+
+
+def _models(quick: bool, seconds: float) -> Iterator[Row]:
+    for name in list(cpu_models.MODELS)[: 1 if quick else None]:
+        result = cpu_models.run(name, 4 * seconds)
+        yield _row("models", result, name, "", str(cpu_models.SPEC), "", limit=None, target=cpu_models.MODELS[name][0])
+
+
+def _machine() -> dict[str, str | int]:
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _measure(sections: list[str], quick: bool, seconds: float) -> dict[str, list[Row]]:
+    measured: dict[str, list[Row]] = {}
+    for section in sections:
+        rows = _models(quick, seconds) if section == "models" else _layers(section, quick, seconds)
+        measured[section] = []
+        for row in rows:
+            print(section, *row.cells, sep="  ", flush=True)
+            measured[section].append(row)
+        show(measured[section], SECTIONS[section])
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="a few cases; writes no files")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing a case")
+    options = parser.parse_args()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    torch._dynamo.config.recompile_limit = 64
+    measured = _measure(options.sections.split(","), options.quick, options.seconds)
+    if options.quick:
+        return
+    path = RESULTS / "cpu.json"
+    RESULTS.mkdir(exist_ok=True)
+    saved = json.loads(path.read_text()) if path.exists() else {"sections": {}}
+    saved["machine"] = _machine()
+    for section, rows in measured.items():
+        saved["sections"][section] = [row._asdict() for row in rows]
+        plot(rows, RESULTS / f"cpu_{section}.png", SECTIONS[section])
+        replace_between(ROOT / "docs" / "performance.md", f"cpu {section}", markdown(rows))
+    path.write_text(json.dumps(saved, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
