@@ -34,7 +34,7 @@ def sparsify(
         model: its selected weights are written to; on an error none is.
         spec, include, exclude: which layers and patterns, as for `vnm.annotate`.
         method: a key of `METHODS`. "magnitude" keeps the largest weights (VENOM, arXiv 2310.02065, section 5).
-        norm: what is summed over a block: |w| ("l1") or w squared ("l2").
+        norm: what is summed over a block: absolute values ("l1") or squares ("l2").
         progress: show a progress bar while it runs.
 
     Returns:

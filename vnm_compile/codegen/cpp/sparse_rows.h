@@ -357,33 +357,25 @@ template <typename S, int N, int T, int R>
 inline void rows_times_few_tokens(
     const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
     float* sums, int64_t lds) {
-  constexpr int64_t kGroups = kStep / N;
   __m512 sum[R][T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) sum[r][t] = _mm512_setzero_ps();
-  const int64_t bytes = (groups * N + 3) / 4;
-  for (int64_t g = 0; g < groups; g += kGroups) {
-    const int64_t count = std::min<int64_t>(16, (groups - g) * N);
-    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  // One step of all rows; `value` counts values from the start of a row, `bytes` those of metadata to read.
+  const auto step = [&](int64_t value, size_t bytes, __mmask16 mask) __attribute__((always_inline)) {
     __m512i index[R];
-    __m512 value[R];
+    __m512 weight[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       uint32_t codes = 0;
-      const uint8_t* source = metadata + r * ldm + g * N / 4;
-      if (count == 16) {
-        std::memcpy(&codes, source, 4);
-      } else {
-        std::memcpy(&codes, source, bytes - g * N / 4);
-      }
+      std::memcpy(&codes, metadata + r * ldm + value / 4, bytes);
       index[r] = step_index<N>(codes);
-      value[r] = load_values(values + r * ldv + g * N, mask);
+      weight[r] = load_values(values + r * ldv + value, mask);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const float* table = kept + t * ldk + g * 4;
+      const float* table = kept + t * ldk + value / N * 4;
       const __m512 t0 = _mm512_loadu_ps(table), t1 = _mm512_loadu_ps(table + 16);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -392,10 +384,21 @@ inline void rows_times_few_tokens(
           const __m512 t2 = _mm512_loadu_ps(table + 32), t3 = _mm512_loadu_ps(table + 48);
           picked = _mm512_mask_mov_ps(picked, 0xFF00, _mm512_permutex2var_ps(t2, index[r], t3));
         }
-        sum[r][t] = _mm512_fmadd_ps(value[r], picked, sum[r][t]);
+        sum[r][t] = _mm512_fmadd_ps(weight[r], picked, sum[r][t]);
       }
     }
+  };
+  const int64_t count = groups * N, whole = count / kStep * kStep;
+  for (int64_t value = 0; value < whole; value += kStep) {
+    // Fetch the same place of the next R rows: a row is too short for a hardware prefetcher to get going.
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(values + (r + R) * ldv + value);
+      __builtin_prefetch(metadata + (r + R) * ldm + value / 4);
+    }
+    step(value, 4, 0xFFFF);
   }
+  if (whole < count) step(whole, (count - whole + 3) / 4, static_cast<__mmask16>((1u << (count - whole)) - 1));
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
