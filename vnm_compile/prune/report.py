@@ -18,13 +18,15 @@ class LayerPruned:
         name: qualified name.
         shape: `[out_features, in_features]`.
         spec: its pattern as text.
-        retained: share of the weight's L1 norm that is left in the kept places (before any update of the weights).
+        retained: share of the weight's L1 norm that stood in the kept places, before any update of the weights.
+        output_error: `||X W' - X W|| / ||X W||` on the calibration data; None where there was none.
     """
 
     name: str
     shape: tuple[int, int]
     spec: str
     retained: float
+    output_error: float | None = None
 
 
 class SparsifyReport:
@@ -41,11 +43,12 @@ class SparsifyReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"pruned by {self.method}", title_justify="left")
         table.add_column("layer", overflow="fold")
-        for column in ("weight", "spec", "L1 norm kept"):
+        for column in ("weight", "spec", "L1 norm kept", "output error"):
             table.add_column(column, justify="right")
         for layer in self.layers:
+            error = "-" if layer.output_error is None else f"{layer.output_error:.3f}"
             shape = " x ".join(map(str, layer.shape))
-            table.add_row(layer.name, shape, layer.spec, f"{layer.retained:.3f}")
+            table.add_row(layer.name, shape, layer.spec, f"{layer.retained:.3f}", error)
         yield table
 
     def __str__(self) -> str:

