@@ -1,12 +1,12 @@
 """Second-order pruning of one layer: which weights to drop, and how those that stay make up for them.
 
-The layer's output changes least, in the mean square over its calibration inputs, if `tr(dW H dWᵀ)` is small, H being the
-inputs' second moment. Columns are worked off group by group, as in SparseGPT (arXiv 2301.00774): what is pruned in a group
-is made up for by the columns that are still open. Three things differ from it:
+The layer's output changes least, in the mean square over its calibration inputs, if `tr(dW H dWᵀ)` is small, H being
+the inputs' second moment. Columns are worked off group by group, as in SparseGPT (arXiv 2301.00774): what is pruned in
+a group is made up for by the columns that are still open. Three things differ from it:
 
 - a group is pruned jointly. For each row, every choice of N kept columns has an exact cost, that of the optimal brain
-  surgeon with all M - N others removed at once (arXiv 2203.07259; VENOM, arXiv 2310.02065, section 5, with the Fisher in
-  H's place), and of all C(M, 4) sets of columns the block takes the one with the least total over its rows;
+  surgeon with all M - N others removed at once (arXiv 2203.07259; VENOM, arXiv 2310.02065, section 5, with the Fisher
+  in H's place), and of all C(M, 4) sets of columns the block takes the one with the least total over its rows;
 - the kept columns of the group make up for the pruned ones too, not only those of later groups;
 - at the end, the kept weights are solved for on the fixed mask, by conjugate gradients, as in ALPS (NeurIPS 2024).
 """
@@ -100,7 +100,7 @@ def _remover(factor: Tensor, kept: tuple[int, ...]) -> Tensor:
 
 
 def _best_choices(cost: Tensor, choices: list[tuple[int, ...]], m: int, spec: Spec) -> Tensor:
-    """For each row the cheapest choice among those inside the 4 columns that its block takes: `[choices, O]` to `[O]`."""
+    """For each row the cheapest choice inside the 4 columns that its block takes: `[choices, O]` to `[O]`."""
     out_features = cost.shape[1]
     blocks = -(-out_features // spec.v)
     padding = blocks * spec.v - out_features

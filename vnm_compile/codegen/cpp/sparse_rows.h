@@ -12,7 +12,7 @@
 //        column g*M+c2  | | | | | | | |         (index 1)
 //        column g*M+c3  | | | | | | | |
 //
-//   rows_times_few_tokens  groups in the vector lanes, for 1 to 4 tokens, where only the weight's bytes count. The kept
+//   rows_times_few_tokens  groups in the vector lanes, for up to 8 tokens, where only the weight's bytes count. The kept
 //                          activations of 8 groups (N = 2) fill two registers, and a permute by the indices lines them
 //                          up with 16 values:
 //
@@ -217,18 +217,22 @@ inline void lay_out_pairs(const float* xt, const int32_t* offsets, int64_t group
 }
 
 // One step of 8 groups of a row, unpacked: the two values of each group, and where their pair of columns is laid out.
+template <int64_t ld>
 inline void unpack_pairs(
-    const at::BFloat16* values, const uint8_t* metadata, int64_t groups, int64_t ld, uint32_t* weights, int32_t* places) {
+    const at::BFloat16* values, const uint8_t* metadata, int64_t groups, uint32_t* weights, int32_t* places) {
   // Which of the 6 pairs two increasing indices make: first | second << 2.
-  const __m256i table_low = _mm256_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0), table_high = _mm256_setr_epi32(1, 3, 0, 0, 2, 4, 5, 0);
+  const __m256i low = _mm256_setzero_si256(), high = _mm256_setr_epi32(ld, 3 * ld, 0, 0, 2 * ld, 4 * ld, 5 * ld, 0);
+  const __m256i group = _mm256_setr_epi32(0, 6 * ld, 12 * ld, 18 * ld, 24 * ld, 30 * ld, 36 * ld, 42 * ld);
+  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
   uint32_t codes = 0;
-  std::memcpy(&codes, metadata, (groups + 1) / 2);
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  if (groups == kPairGroups) {
+    std::memcpy(&codes, metadata, 4);  // a size that is not known would be a call
+  } else {
+    std::memcpy(&codes, metadata, (groups + 1) / 2);
+  }
   const __m256i nibble = _mm256_and_si256(
-      _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(codes)), _mm256_slli_epi32(lane, 2)), _mm256_set1_epi32(15));
-  const __m256i pair = _mm256_permutex2var_epi32(table_low, nibble, table_high);
-  const __m256i place = _mm256_mullo_epi32(
-      _mm256_add_epi32(_mm256_mullo_epi32(lane, _mm256_set1_epi32(6)), pair), _mm256_set1_epi32(static_cast<int>(ld)));
+      _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(codes)), shifts), _mm256_set1_epi32(15));
+  const __m256i place = _mm256_add_epi32(group, _mm256_permutex2var_epi32(low, nibble, high));
   const __mmask8 real = static_cast<__mmask8>((1u << groups) - 1);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights), _mm256_maskz_loadu_epi32(real, values));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(places), _mm256_maskz_mov_epi32(real, place));
@@ -277,8 +281,8 @@ inline void block_times_tokens_in_pairs(
     lay_out_pairs<NV>(xt, offsets + group * 4, count, pairs, NV * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
       prefetch_values(values + r * ldv, (group + 2 * kPairGroups) * 2);
-      unpack_pairs(
-          values + r * ldv + group * 2, metadata + r * ldm + group / 2, count, NV * kLanes, weights + r * kPairGroups,
+      unpack_pairs<NV * kLanes>(
+          values + r * ldv + group * 2, metadata + r * ldm + group / 2, count, weights + r * kPairGroups,
           places + r * kPairGroups);
     }
     int64_t r = 0;
@@ -337,6 +341,13 @@ inline void block_times_tokens(
   }
   transpose_tile(acc, ld, rows, tokens, tile, ldt);
 }
+
+// Tokens up to which a permute a token and step is cheaper than a broadcast, an address and a load a value.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kFewTokens = 8;
+#else
+constexpr int64_t kFewTokens = 4;
+#endif
 
 // The 4 kept activations of each group, side by side; 0 for columns past the last one. `kept` [groups * 4].
 template <typename S, typename C>
@@ -425,19 +436,36 @@ inline void rows_times_few_tokens(
 
 #endif
 
-// tile [T][ldt] = x @ rows.T for `rows` rows of one block and T tokens.
-template <typename S, int N, int T>
+// sums[t][r] of R rows and any number of tokens, four at a time: the rows stay in the L1 cache from one pass to the next.
+template <typename S, int N, int R>
+inline void rows_times_tokens_by_four(
+    const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
+    int64_t tokens, float* sums, int64_t lds) {
+  for (int64_t t = 0; t < tokens; t += 4) {
+    const float* from = kept + t * ldk;
+    float* to = sums + t * lds;
+    switch (tokens - t) {
+      case 1: rows_times_few_tokens<S, N, 1, R>(from, ldk, values, ldv, metadata, ldm, groups, to, lds); break;
+      case 2: rows_times_few_tokens<S, N, 2, R>(from, ldk, values, ldv, metadata, ldm, groups, to, lds); break;
+      case 3: rows_times_few_tokens<S, N, 3, R>(from, ldk, values, ldv, metadata, ldm, groups, to, lds); break;
+      default: rows_times_few_tokens<S, N, 4, R>(from, ldk, values, ldv, metadata, ldm, groups, to, lds);
+    }
+  }
+}
+
+// tile [tokens][ldt] = x @ rows.T for `rows` rows of one block and a few tokens.
+template <typename S, int N>
 inline void block_times_few_tokens(
     const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
-    int64_t rows, float* tile, int64_t ldt) {
+    int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
   constexpr int R = 4;
   int64_t r = 0;
   for (; r + R <= rows; r += R)
-    rows_times_few_tokens<S, N, T, R>(
-        kept, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + r, ldt);
+    rows_times_tokens_by_four<S, N, R>(
+        kept, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tokens, tile + r, ldt);
   for (; r < rows; ++r)
-    rows_times_few_tokens<S, N, T, 1>(
-        kept, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + r, ldt);
+    rows_times_tokens_by_four<S, N, 1>(
+        kept, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tokens, tile + r, ldt);
 }
 
 }  // namespace vnm
