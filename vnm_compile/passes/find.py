@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vnm_compile.tensor import VNMTensor
 
 _LINEAR = {torch._C._nn.linear, F.linear}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul}
@@ -154,6 +157,8 @@ def _why_unfit(node: fx.Node, weight: fx.Node, value: Tensor, bias: fx.Node | No
     """Why a linear whose weight is an input must stay dense, or None."""
     if value.dim() != 2:
         return f"its weight has {value.dim()} dimensions; only matrices are handled"
+    if is_traceable_wrapper_subclass(value) and not isinstance(value, VNMTensor):
+        return f"its weight is a {type(value).__name__}, which stores its values in a way of its own"
     if not value.dtype.is_floating_point:
         return f"its weight is {value.dtype}; kernels exist for floating-point weights"
     others = [user for user in weight.users if not _only_multiplies(user)]
