@@ -15,7 +15,7 @@ from vnm_compile.ops import GATES
 from vnm_compile.spec import Spec
 
 # The second count makes the tokens dynamic: one kernel serves all that follow.
-TOKENS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 50, 64, 65, 131)
+TOKENS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 50, 64, 65, 131)
 
 # Pattern, out_features, in_features: tails in rows, columns, metadata bytes and vectors, V from 1 to 128, wide columns.
 CASES = [

@@ -12,7 +12,7 @@
 //        column g*M+c2  | | | | | | | |         (index 1)
 //        column g*M+c3  | | | | | | | |
 //
-//   rows_times_few_tokens  groups in the vector lanes, for up to 8 tokens, where only the weight's bytes count. The kept
+//   rows_times_few_tokens  groups in the vector lanes, for up to 12 tokens, where only the weight's bytes count. The kept
 //                          activations of 8 groups (N = 2) fill two registers, and a permute by the indices lines them
 //                          up with 16 values:
 //
@@ -45,6 +45,18 @@ inline Buffer aligned_buffer(int64_t count) {
   return Buffer(static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
 }
 
+inline Vec load_vector(const float* p) { return Vec::loadu(p); }
+inline Vec load_vector(const at::BFloat16* p) {
+  Vec result;
+  at::vec::load_fp32_from_bf16(p, result);
+  return result;
+}
+inline Vec load_vector(const at::Half* p) {
+  Vec result;
+  at::vec::load_fp32_from_fp16(p, result);
+  return result;
+}
+
 // x [tokens, columns] (row stride ldx) to xt [columns][ld] in float; lanes past `tokens` up to whole vectors are zero.
 template <typename S>
 inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, float* xt, int64_t ld) {
@@ -53,19 +65,24 @@ inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, 
     const int64_t nt = std::min(kLanes, tokens - t);
     for (int64_t k = 0; k < columns; k += kLanes) {
       const int64_t nk = std::min(kLanes, columns - k);
+      const S* from = x + t * ldx + k;
+      float* to = xt + k * ld + t;
+      if (std::is_same_v<S, float> && nt == kLanes && nk == kLanes) {
+        at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from), ldx, to, ld, kLanes, kLanes);
+        continue;
+      }
       if (nt < kLanes || nk < kLanes) {
         std::fill(square, square + kLanes * kLanes, 0.f);
       }
-      for (int64_t i = 0; i < nt; ++i) {
-        const S* row = x + (t + i) * ldx + k;
-        for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(row[j]);
-      }
       if (nk == kLanes) {
-        at::vec::transpose_mxn<float>(square, kLanes, xt + k * ld + t, ld, kLanes, kLanes);
-      } else {
-        for (int64_t j = 0; j < nk; ++j)
-          for (int64_t i = 0; i < kLanes; ++i) xt[(k + j) * ld + t + i] = square[i * kLanes + j];
+        for (int64_t i = 0; i < nt; ++i) load_vector(from + i * ldx).store(square + i * kLanes);
+        at::vec::transpose_mxn<float>(square, kLanes, to, ld, kLanes, kLanes);
+        continue;
       }
+      for (int64_t i = 0; i < nt; ++i)
+        for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(from[i * ldx + j]);
+      for (int64_t j = 0; j < nk; ++j)
+        for (int64_t i = 0; i < kLanes; ++i) to[j * ld + i] = square[i * kLanes + j];
     }
   }
 }
@@ -343,11 +360,17 @@ inline void block_times_tokens(
 }
 
 // Tokens up to which a permute a token and step is cheaper than a broadcast, an address and a load a value.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int64_t kFewTokens = 8;
-#else
-constexpr int64_t kFewTokens = 4;
+template <typename S, int N>
+constexpr int64_t few_tokens() {
+#if defined(VNM_BF16_PAIRS)
+  if constexpr (N == 2 && std::is_same_v<S, at::BFloat16>) return 8;
 #endif
+#if defined(CPU_CAPABILITY_AVX512)
+  return 12;
+#else
+  return 4;
+#endif
+}
 
 // The 4 kept activations of each group, side by side; 0 for columns past the last one. `kept` [groups * 4].
 template <typename S, typename C>
