@@ -79,6 +79,6 @@ def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[
 
 def output_error(weight: Tensor, pruned: Tensor, moment: Tensor) -> float:
     """Relative output error `||X W' - X W|| / ||X W||` for inputs with this second moment."""
-    weight, change, moment = weight.double(), (pruned - weight).double(), moment.double()
+    weight, change, moment = weight.detach().double(), (pruned - weight).detach().double(), moment.double()
     total = ((weight @ moment) * weight).sum()
     return float((((change @ moment) * change).sum().clamp_min(0) / total).sqrt()) if total > 0 else 0.0
