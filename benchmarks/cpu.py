@@ -30,10 +30,13 @@ SECTIONS = {
 }
 
 
-def _row(section: str, result: Result, *what: str, limit: float | None, target: float | None) -> Row:
+def _row(
+    section: str, result: Result, what: tuple[str, str, str, str], limit: float | None, target: float | None
+) -> Row:
     dense, sparse = result.seconds[result.baseline], result.seconds[OURS]
-    figures = (result.baseline, dense, sparse, result.ratio, result.low, result.high, limit, target)
-    return Row(section, *what, *figures)
+    name, dtype, spec, tokens = what
+    figures = (result.baseline, dense, sparse, result.ratio, result.low, result.high)
+    return Row(section, name, dtype, spec, tokens, *figures, limit, target)
 
 
 def _layers(section: str, quick: bool, seconds: float) -> Iterator[Row]:
@@ -42,13 +45,13 @@ def _layers(section: str, quick: bool, seconds: float) -> Iterator[Row]:
         name = f"{case.out_features} x {case.in_features}"
         tokens = f"{case.tokens}{' cold' if case.cold else ''}"
         what = (name, str(case.dtype).removeprefix("torch."), str(case.spec), tokens)
-        yield _row(section, result, *what, limit=case.limit, target=case.target)
+        yield _row(section, result, what, case.limit, case.target)
 
 
 def _models(quick: bool, seconds: float) -> Iterator[Row]:
     for name in list(cpu_models.MODELS)[: 1 if quick else None]:
         result = cpu_models.run(name, 4 * seconds)
-        yield _row("models", result, name, "", str(cpu_models.SPEC), "", limit=None, target=cpu_models.MODELS[name][0])
+        yield _row("models", result, (name, "", str(cpu_models.SPEC), ""), None, cpu_models.MODELS[name][0])
 
 
 def _machine() -> dict[str, str | int]:
@@ -60,16 +63,23 @@ def _machine() -> dict[str, str | int]:
     }
 
 
-def _measure(sections: list[str], quick: bool, seconds: float) -> dict[str, list[Row]]:
-    measured: dict[str, list[Row]] = {}
-    for section in sections:
-        rows = _models(quick, seconds) if section == "models" else _layers(section, quick, seconds)
-        measured[section] = []
-        for row in rows:
-            print(section, *row.cells, sep="  ", flush=True)
-            measured[section].append(row)
-        show(measured[section], SECTIONS[section])
-    return measured
+def _measure(section: str, quick: bool, seconds: float) -> list[Row]:
+    rows = []
+    for row in _models(quick, seconds) if section == "models" else _layers(section, quick, seconds):
+        print(section, *row.cells, sep="  ", flush=True)
+        rows.append(row)
+    show(rows, SECTIONS[section])
+    return rows
+
+
+def _save(section: str, rows: list[Row]) -> None:
+    path = RESULTS / "cpu.json"
+    RESULTS.mkdir(exist_ok=True)
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved[section] = {"machine": _machine(), "rows": [row._asdict() for row in rows]}
+    path.write_text(json.dumps(saved, indent=1) + "\n")
+    plot(rows, RESULTS / f"cpu_{section}.png", SECTIONS[section])
+    replace_between(ROOT / "docs" / "performance.md", f"cpu {section}", markdown(rows))
 
 
 def main() -> None:
@@ -80,18 +90,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("torch").setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = 64
-    measured = _measure(options.sections.split(","), options.quick, options.seconds)
-    if options.quick:
-        return
-    path = RESULTS / "cpu.json"
-    RESULTS.mkdir(exist_ok=True)
-    saved = json.loads(path.read_text()) if path.exists() else {"sections": {}}
-    saved["machine"] = _machine()
-    for section, rows in measured.items():
-        saved["sections"][section] = [row._asdict() for row in rows]
-        plot(rows, RESULTS / f"cpu_{section}.png", SECTIONS[section])
-        replace_between(ROOT / "docs" / "performance.md", f"cpu {section}", markdown(rows))
-    path.write_text(json.dumps(saved, indent=1) + "\n")
+    for section in options.sections.split(","):
+        rows = _measure(section, options.quick, options.seconds)
+        if not options.quick:
+            _save(section, rows)
 
 
 if __name__ == "__main__":
