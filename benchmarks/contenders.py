@@ -20,7 +20,7 @@ OURS = "vnm"
 def contenders(model: nn.Module, args: tuple[Any, ...], policy: str) -> dict[str, Callable[[], Any]]:
     """Eager, compiled, compiled with frozen weights, and `backend="vnm"`, each bound to its arguments."""
     torch._dynamo.reset()
-    compiled = {
+    compiled: dict[str, Callable[..., Any]] = {
         "eager": model,
         "compile": torch.compile(model),
         "freezing": torch.compile(model, options={"freezing": True}),
