@@ -423,12 +423,14 @@ inline void rows_times_few_tokens(
     }
   };
   const int64_t count = groups * N, whole = count / kStep * kStep;
+  // Fetch the same place of later rows, about 16 KB on: a row is too short for a hardware prefetcher to get going, and the
+  // next few rows, where they are short, would be needed before they arrive.
+  const int64_t ahead = R * std::max<int64_t>(1, 16384 / (R * ldv * static_cast<int64_t>(sizeof(S))));
   for (int64_t value = 0; value < whole; value += kStep) {
-    // Fetch the same place of the next R rows: a row is too short for a hardware prefetcher to get going.
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(values + (r + R) * ldv + value);
-      __builtin_prefetch(metadata + (r + R) * ldm + value / 4);
+      __builtin_prefetch(values + (r + ahead) * ldv + value);
+      __builtin_prefetch(metadata + (r + ahead) * ldm + value / 4);
     }
     step(value, 4, 0xFFFF);
   }
