@@ -35,9 +35,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    """No compiled code of one test answers in another."""
+def _fresh():
+    """No compiled code of one test answers in another, and its random numbers are its own."""
     torch._dynamo.reset()
+    torch.manual_seed(0)
 
 
 @pytest.fixture

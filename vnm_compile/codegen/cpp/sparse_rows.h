@@ -448,14 +448,18 @@ inline void rows_times_few_tokens(
     const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
     float* sums, int64_t lds) {
   for (int r = 0; r < R; ++r) {
-    // Two sums a token: a single one would wait for itself at every value.
-    float sum[T][2] = {};
+    // As many sums a token as a vector has lanes: a single one would wait for itself at every value, and round worse.
+    float sum[T][kStep] = {};
     for (int64_t value = 0; value < groups * N; ++value) {
       const uint32_t code = (metadata[r * ldm + value / 4] >> (2 * (value % 4))) & 3;
       const float w = static_cast<float>(values[r * ldv + value]);
-      for (int t = 0; t < T; ++t) sum[t][value & 1] += w * kept[t * ldk + (value / N) * 4 + code];
+      for (int t = 0; t < T; ++t) sum[t][value % kStep] += w * kept[t * ldk + (value / N) * 4 + code];
     }
-    for (int t = 0; t < T; ++t) sums[t * lds + r] = sum[t][0] + sum[t][1];
+    for (int t = 0; t < T; ++t) {
+      for (int64_t half = kStep / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) sum[t][i] += sum[t][i + half];
+      sums[t * lds + r] = sum[t][0];
+    }
   }
 }
 
