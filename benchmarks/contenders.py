@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config
 
 from vnm_compile.codegen.measure import random_packed
 from vnm_compile.format import unpack
@@ -23,10 +24,18 @@ def contenders(model: nn.Module, args: tuple[Any, ...], policy: str) -> dict[str
     compiled: dict[str, Callable[..., Any]] = {
         "eager": model,
         "compile": torch.compile(model),
-        "freezing": torch.compile(model, options={"freezing": True}),
+        "freezing": _frozen(model, args),
         OURS: torch.compile(model, backend="vnm", options={"vnm.policy": policy}),
     }
     return {name: partial(call, *args) for name, call in compiled.items()}
+
+
+def _frozen(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """Compiled with its weights frozen. Dynamo looks at the global switch when it traces; the option alone is too late."""
+    compiled = torch.compile(model, options={"freezing": True})
+    with config.patch(freezing=True), torch.no_grad():
+        compiled(*args)
+    return compiled
 
 
 def random_weight(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Tensor:

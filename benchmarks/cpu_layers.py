@@ -20,7 +20,7 @@ SPECS = ("64:2:8", "64:2:16", "64:2:5")
 TOKENS = (1, 16, 128, 512)
 SMALL_TOKENS = (1, 16, 128, 1024, 4096)
 
-# What issue 4 asks for on 4096 x 4096, by dtype, pattern and tokens; 85 % of it on the other two shapes.
+# What is asked for on 4096 x 4096, by dtype, pattern and tokens; 85 % of it on the other two shapes.
 TARGETS = {
     (torch.float32, "64:2:8"): (4.0, 2.4, 1.6, 1.6),
     (torch.float32, "64:2:16"): (8.0, 4.5, 3.0, 3.0),
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def target(self) -> float | None:
-        """The ratio that issue 4 asks for, where it names one."""
+        """The ratio that is asked for, where one is."""
         if self.policy == "latency":
             return 0.97
         if str(self.spec) == "64:2:5":

@@ -88,7 +88,7 @@ MODELS: dict[str, tuple[float | None, Callable[[], tuple[nn.Module, tuple[Any, .
     "Llama-7B block, decode after 256, fp32": (3.0, lambda: llama(1, 256, torch.float32)),
     "Llama-7B block, decode after 256, bf16": (3.0, lambda: llama(1, 256, torch.bfloat16)),
 }
-"""By name: the ratio that issue 4 asks for, where it names one, and what makes the model and its inputs."""
+"""By name: the ratio that is asked for, where one is, and what makes the model and its inputs."""
 
 
 def run(name: str, seconds: float) -> Result:
