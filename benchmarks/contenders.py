@@ -31,7 +31,7 @@ def contenders(model: nn.Module, args: tuple[Any, ...], policy: str) -> dict[str
 
 
 def _frozen(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Compiled with its weights frozen. Dynamo looks at the global switch when it traces; the option alone is too late."""
+    """Compiled with its weights frozen; Dynamo looks at the global switch when it traces, the option comes too late."""
     compiled = torch.compile(model, options={"freezing": True})
     with config.patch(freezing=True), torch.no_grad():
         compiled(*args)
