@@ -102,7 +102,7 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     if not positions:
         _report(_plan(sites, inputs, options))
         return finish(gm, inputs)
-    dispatcher = dispatch.Dispatcher(gm, positions, decide, build)
+    dispatcher = dispatch.Dispatcher(positions, decide, build)
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
     return dispatcher
 

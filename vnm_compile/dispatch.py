@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from vnm_compile.passes import Decision, PackedInput
 from vnm_compile.weights import PackStore, Stamp, stamp
@@ -57,13 +57,11 @@ class Dispatcher:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
         positions: Sequence[int],
         decide: Callable[[Sequence[Any]], list[Decision]],
         build: Callable[[Sequence[Any], list[Decision], bool], Variant],
     ) -> None:
         """Compare the inputs at `positions`; `decide` plans for given inputs, `build` compiles what was planned."""
-        self.gm = gm
         self._positions = tuple(positions)
         self._decide, self._build = decide, build
         self._bindings: dict[tuple[int, ...], _Binding] = {}

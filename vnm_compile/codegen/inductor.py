@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,10 @@ def _register(op: torch._ops.OpOverload, name: str) -> None:
         return lowering.fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
 
 
+_LOWERINGS = {"cpu": "vnm_compile.codegen.cpp.lowering"}
+"""The module with the lowerings of a device type."""
+
+
 def _ours_is_compiling() -> bool:
     """Whether the compilation under way carries our cache key.
 
@@ -133,13 +138,8 @@ def has_lowering(device: str) -> bool:
 def _device_lowering(device: str, name: str) -> Callable[..., Any] | None:
     """The lowering of a device type; it may answer None for a case that it does not handle."""
     # Imported when first used: the templates import this module for the classes they are built from.
-    if device == "cpu":
-        from vnm_compile.codegen.cpp import lowering as module
-    elif device == "cuda":
-        from vnm_compile.codegen.triton import lowering as module  # type: ignore[no-redef]
-    else:
-        return None
-    return getattr(module, name, None)
+    module = _LOWERINGS.get(device)
+    return getattr(importlib.import_module(module), name, None) if module else None
 
 
 _register(torch.ops.vnm.linear.default, "linear")

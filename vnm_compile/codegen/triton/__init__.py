@@ -1,1 +1,0 @@
-"""Sparse kernels in Triton for GPUs: templates, their lowering and their choices."""

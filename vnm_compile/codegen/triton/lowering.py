@@ -1,1 +1,0 @@
-"""Lowering of the vnm ops on this device: each function returns an Inductor node, or None for the reference."""
