@@ -102,6 +102,29 @@ def test_dead_inputs_and_singular_moments():
     assert second_order(torch.randn(16, 32), torch.zeros(32, 32), Spec(16, 2, 8)).isfinite().all()
 
 
+def test_dead_inputs_do_not_change_what_the_others_get():
+    """However small the live inputs are, damping is a share of them and not of the dead ones."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(16, 32), inputs_like_a_layers(width=32)
+    x[:, ::2] = 0
+    large, small = (second_order(weight, s * s * (x.T @ x) / len(x), Spec(16, 2, 8)) for s in (1.0, 1e-2))
+    torch.testing.assert_close(small, large, atol=1e-3, rtol=1e-3)
+
+
+def test_a_layer_may_be_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    keyword = Keyword().eval()
+    vnm.sparsify(keyword, "16:2:8", method="wanda", calibration=[torch.randn(8, 32)], progress=False)
+    assert vnm.matches(keyword.fc.weight, "16:2:8")
+
+
 def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 8)).eval()

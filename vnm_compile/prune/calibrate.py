@@ -54,14 +54,15 @@ def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[
     counts = [0] * len(layers)
 
     def hook(index: int) -> Any:
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            x = given.detach().reshape(-1, given.shape[-1]).float()
             sums[index] = sums[index] + x.T @ x
             counts[index] += x.shape[0]
 
         return gather
 
-    hooks = [layer.module.register_forward_pre_hook(hook(i)) for i, layer in enumerate(layers)]
+    hooks = [layer.module.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         with torch.no_grad():
             for batch in batches:

@@ -40,6 +40,7 @@ def project(scores: Tensor, spec: Spec | str) -> Tensor:
         raise VNMError(f"scores have shape {list(scores.shape)}; expected a matrix [out_features, in_features].")
     if scores.isnan().any():
         raise VNMError("the scores hold NaN, so there is no largest sum; look for NaN in the weight or activations.")
+    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores  # sums need the digits
     out_features, in_features = scores.shape
     rows, groups = spec.rows(out_features), spec.groups(in_features)
     # Padding scores less than anything real, so it is kept only where nothing real is left.

@@ -18,6 +18,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from vnm_compile.errors import VNMError
 from vnm_compile.prune.project import EXACT_UP_TO, project
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
@@ -42,9 +43,11 @@ def second_order(
     """
     w, h = weight.detach().float().clone(), moment.float().clone()
     dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1.0
     w[:, dead] = 0.0  # an input that is always zero needs no weight
-    h.diagonal().add_(damping * h.diagonal().mean())
+    # Dead inputs take no part in the damping: it is a share of what the live ones bring.
+    mean = h.diagonal()[~dead].mean() if bool((~dead).any()) else torch.ones(())
+    h.diagonal()[dead] = mean
+    h.diagonal().add_(damping * mean)
     upper = _inverse_factor(h)
     mask = torch.zeros_like(w, dtype=torch.bool)
     open_weights = w.clone()
@@ -68,7 +71,9 @@ def _inverse_factor(h: Tensor) -> Tensor:
             return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
         damping = max(10 * damping, 1e-4)
         matrix = h.double() + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
-    raise ArithmeticError("the inputs' second moment stays singular under any damping")
+    raise VNMError(
+        "the second moment of the inputs stays singular under any damping; look at the calibration data."
+    )
 
 
 def _prune_group(group: Tensor, factor: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
