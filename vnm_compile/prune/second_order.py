@@ -71,9 +71,7 @@ def _inverse_factor(h: Tensor) -> Tensor:
             return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
         damping = max(10 * damping, 1e-4)
         matrix = h.double() + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
-    raise VNMError(
-        "the second moment of the inputs stays singular under any damping; look at the calibration data."
-    )
+    raise VNMError("the second moment of the inputs stays singular under any damping; look at the calibration data.")
 
 
 def _prune_group(group: Tensor, factor: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
