@@ -9,21 +9,32 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
+import torch._inductor.kernel.mm
+import torch._inductor.utils
+import torch.utils._triton
 from torch._inductor import config as inductor_config
 from torch._inductor import ir, list_mode_options, lowering
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf, get_export_declaration
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.codegen.triton import TritonScheduling
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
-from torch._inductor.select_algorithm import autotune_select_algorithm
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.select_algorithm import autotune_select_algorithm, get_algorithm_selector_cache
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as inner_ops
@@ -39,8 +50,10 @@ __all__ = [
     "compile_graph",
     "contiguous_matrix",
     "cpu_threads",
+    "device_patches",
     "export_declaration",
     "fake_buffer",
+    "forget_device_answers",
     "has_lowering",
     "ir",
     "local_buffer",
@@ -49,7 +62,9 @@ __all__ = [
     "reshape",
     "source_hash",
     "store_copy",
+    "template_name",
     "view_epilogue_in_2d",
+    "watch_codegen",
 ]
 
 
@@ -96,13 +111,26 @@ def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any
 
 
 def compile_graph(
-    gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], options_key: str
+    gm: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    patches: dict[str, Any],
+    options_key: str,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor; `patches` are Inductor options, `options_key` goes into its cache keys."""
+    """Compile a graph with Inductor.
+
+    `patches` are Inductor options, `options_key` goes into its cache keys. `context` is entered after tracing, for the
+    device-dependent part: passes on the aten graph, lowering and code generation.
+    """
     hook = "post_grad_custom_post_pass"
     users = patches.get(hook, getattr(inductor_config, hook))
     config_patches = {**patches, hook: CacheKey(options_key, users)}
-    return compile_fx(gm, list(inputs), config_patches=config_patches)  # type: ignore[return-value]
+
+    def inner_compile(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return compile_fx_inner(*args, **kwargs)
+
+    return compile_fx(gm, list(inputs), inner_compile, config_patches)  # type: ignore[return-value]
 
 
 def _register(op: torch._ops.OpOverload, name: str) -> None:
@@ -225,3 +253,56 @@ def store_copy(name: str, source: Any) -> Any:
 def view_epilogue_in_2d(target: Any, result: Any, nodes: list[Any], reindexers: list[Any]) -> tuple[Any, list[Any]]:
     """The last of `nodes` seen as the 2-D result of the template, and how each node's indices follow from 2-D ones."""
     return gen_2d_view_of_epilogue_buf(target, result, nodes, reindexers, default_reindexers=[None] * len(nodes))
+
+
+# What the virtual device is made with.
+
+
+def forget_device_answers() -> None:
+    """Clear what Inductor has cached about the device: its properties, and the features that follow from them."""
+    for module in (torch._inductor.utils, torch._inductor.kernel.mm, torch.utils._triton):
+        for value in vars(module).values():
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
+    DeviceProperties.create.cache_clear()
+
+
+def device_patches() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, value): how Inductor behaves where it can generate code but run none of it."""
+    selector = get_algorithm_selector_cache()
+    return [
+        # Nothing can be measured: of several choices the first is taken.
+        (selector, "preprocessing_fns", [*selector.preprocessing_fns, lambda choices: choices[:1]]),
+        # Every generated kernel looks for an active device when it is loaded.
+        (triton_helpers, "set_driver_to_gpu", lambda: None),
+    ]
+
+
+def template_name(buffer: Any) -> str:
+    """Name of the template that a buffer is computed with."""
+    template = getattr(buffer, "template", None)
+    if template is None:  # Triton's are known to the function that renders them only
+        template = inspect.getclosurevars(buffer.make_kernel_render).nonlocals["self"]
+    return template.name
+
+
+@contextmanager
+def watch_codegen(on_kernel: Callable[[str, Sequence[Any]], None], on_graph: Callable[[str], None]) -> Iterator[None]:
+    """See what Inductor generates in this block.
+
+    `on_kernel` gets a kernel's name and the scheduler nodes that it computes, each time one is defined or reused;
+    `on_graph` the module that Inductor has written for a graph. `V.graph` is that graph in both.
+    """
+
+    def watched(scheduling: Any) -> Any:
+        define = scheduling.define_kernel
+
+        def define_kernel(self: Any, source: str, nodes: Sequence[Any], *args: Any, **kwargs: Any) -> str:
+            name = define(self, source, nodes, *args, **kwargs)
+            on_kernel(name, nodes)
+            return name
+
+        return patch.object(scheduling, "define_kernel", define_kernel)
+
+    with watched(TritonScheduling), watched(CppScheduling), patch.object(GraphLowering, "save_output_code", on_graph):
+        yield
