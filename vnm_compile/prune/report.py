@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+if TYPE_CHECKING:  # imported when something is printed: compiling does not need it
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class SparsifyReport:
         return {"method": self.method, "layers": [asdict(layer) for layer in self.layers]}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
         table = Table(title=f"pruned by {self.method}", title_justify="left")
         table.add_column("layer", overflow="fold")
         for column in ("weight", "spec", "L1 norm kept", "output error"):
@@ -52,6 +54,8 @@ class SparsifyReport:
         yield table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=100)
         with console.capture() as capture:
             console.print(self)

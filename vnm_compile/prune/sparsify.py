@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer, Selector, select_layers, set_annotation
@@ -63,6 +62,8 @@ def sparsify(
         VNMError: an unknown method, no layer to prune, a weight that is compressed already or holds NaN, or calibration
             data that is missing, empty, not finite, or does not reach a layer.
     """
+    from rich.progress import Progress  # compiling does not need it
+
     if method not in METHODS:
         raise VNMError(f"unknown method {method!r}; there are {', '.join(METHODS)}.")
     if norm not in ("l1", "l2"):

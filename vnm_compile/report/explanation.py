@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:  # imported when something is printed: compiling does not need it
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,22 @@ class Explanation:
         return {"layers": layers, "totals": self.totals, "graphs": self.graphs, "device": self.device}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
         yield self._table()
         yield Text(self._summary())
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=max(100, Console().width))
         with console.capture() as capture:
             console.print(self)
         return capture.get()
 
     def _table(self) -> Table:
+        from rich.table import Table
+
         table = Table(title="V:N:M layers", title_justify="left", expand=False)
         table.add_column("layer", overflow="fold")
         for column in ("weight", "spec", "size"):
@@ -110,6 +115,8 @@ class Explanation:
         name = _common_name([layer.name for layer in layers])
         name += f" ({len(layers)})" if len(layers) > 1 else ""
         shape = " x ".join(map(str, first.shape)) if first.shape else "-"
+        from rich.filesize import decimal
+
         stored = sum(layer.stored_bytes or 0 for layer in layers)
         dense = sum(layer.dense_bytes or 0 for layer in layers)
         size = f"{decimal(dense)} > {decimal(stored)}" if stored != dense else decimal(dense)
@@ -120,6 +127,8 @@ class Explanation:
         return [name, shape, first.spec or "-", size, first.decision, gain, first.reason + joined]
 
     def _summary(self) -> str:
+        from rich.filesize import decimal
+
         totals = self.totals
         lines = [
             f"{totals['sparse']} of {totals['layers']} linears run sparse; the weights of all take "
