@@ -34,7 +34,11 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.select_algorithm import autotune_select_algorithm, get_algorithm_selector_cache
+from torch._inductor.select_algorithm import (
+    TritonTemplate,
+    autotune_select_algorithm,
+    get_algorithm_selector_cache,
+)
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as inner_ops
@@ -64,6 +68,14 @@ __all__ = [
     "store_copy",
     "template_name",
     "view_epilogue_in_2d",
+    "TritonTemplate",
+    "apply",
+    "choose_fastest",
+    "copy_strided",
+    "layout_of",
+    "realized",
+    "size_hint",
+    "tunes_exhaustively",
     "watch_codegen",
 ]
 
@@ -145,7 +157,7 @@ def _register(op: torch._ops.OpOverload, name: str) -> None:
         return lowering.fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
 
 
-_LOWERINGS = {"cpu": "vnm_compile.codegen.cpp.lowering"}
+_LOWERINGS = {"cpu": "vnm_compile.codegen.cpp.lowering", "cuda": "vnm_compile.codegen.triton.lowering"}
 """The module with the lowerings of a device type."""
 
 
@@ -209,8 +221,60 @@ def choose(template: Any, inputs: list[Any], layout: Any) -> Any:
     error = template.maybe_append_choice(choices)
     if error is not None:
         raise error
-    result = autotune_select_algorithm(template.name, choices, inputs, layout)
+    return choose_fastest(template.name, choices, inputs, layout)
+
+
+def choose_fastest(
+    name: str, choices: list[Any], inputs: list[Any], layout: Any, make_inputs: dict[int, Callable[[Any], Any]] | None = None
+) -> Any:
+    """The node of whichever choice Inductor measures to be fastest, on random inputs or what `make_inputs` makes."""
+    result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make_inputs)
     return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.13 on
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number; of a symbolic one the value it was traced with, without a guard."""
+    if isinstance(size, int | sympy.Integer):
+        return int(size)
+    sizevars = V.graph.sizevars
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # before torch 2.12
+    return int(hint(size))
+
+
+def layout_of(like: Any, size: Sequence[Any], dtype: torch.dtype | None = None) -> Any:
+    """A contiguous layout on the device of `like`."""
+    return ir.FixedLayout(like.get_device(), dtype or like.get_dtype(), list(size))
+
+
+def copy_strided(node: Any, stride: Sequence[Any], allocated: Sequence[Any]) -> Any:
+    """A copy of a matrix with given strides, in memory for a matrix of the size `allocated`.
+
+    It is an ordinary pointwise kernel, so Inductor fuses it with what computes the matrix where it can.
+    """
+    layout = ir.FixedLayout(node.get_device(), node.get_dtype(), node.get_size(), list(stride))
+    data = ir.Pointwise(
+        device=node.get_device(), dtype=node.get_dtype(), inner_fn=node.make_loader(), ranges=node.get_size()
+    )
+    buffer = ir.ComputedBuffer(name=None, layout=layout, data=data)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+    V.graph.buffer_to_padded_size[buffer.name] = list(allocated)
+    return ir.TensorBox(ir.StorageBox(buffer))
+
+
+def realized(node: Any) -> Any:
+    """The node with a buffer of its own, in the layout that it happens to have."""
+    return ir.ExternKernel.realize_input(node)
+
+
+def tunes_exhaustively() -> bool:
+    """Whether the user asked for the slow search (mode="max-autotune")."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+
+
+def apply(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Lower an aten op: what a lowering makes of its own results (sums, casts, activations) and Inductor fuses."""
+    return lowering.lowerings[op](*args, **kwargs)
 
 
 # What C++ templates are written with.

@@ -1,0 +1,172 @@
+"""Tile sizes for a problem on a target: those that fit, the most promising first.
+
+Which is fastest is measured where there is a device. The model here keeps out what cannot run well (shared memory,
+registers, tiles larger than the problem) and orders the rest, so that the first is a fair choice without measuring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vnm_compile.codegen.targets import Target
+from vnm_compile.spec import KEPT_COLUMNS, Spec
+
+DECODE_TOKENS = 32
+"""Up to this many tokens reading the weight takes longer than multiplying: it is read once, by as many as it takes."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice of a configuration depends on.
+
+    Attributes:
+        tokens: expected number of tokens.
+        rows: of the weight, padded to blocks; of one of the two where `gated`.
+        groups: of a row.
+    """
+
+    tokens: int
+    rows: int
+    groups: int
+    spec: Spec
+    dtype: torch.dtype
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel cuts its problem: rows, tokens and groups of a tile; warps, pipeline stages, and splits of K."""
+
+    block_o: int
+    block_t: int
+    block_g: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Shared memory that the loop's buffers take, as measured on Triton 3.6 and 3.7 (an upper bound).
+
+        A load whose address was itself loaded (activations, by column) needs two steps, so every second stage of the
+        pipeline adds a buffer.
+        """
+        depth = (self.stages - 1) // 2
+        size = shape.dtype.itemsize
+        terms = KEPT_COLUMNS * self.block_g
+        activation = terms * self.block_t * size
+        weight = self.block_o * self.block_g * shape.spec.n * size + self.block_o * self.block_g * shape.spec.n // 4
+        expanded = self.block_o * terms * size  # where it passes through shared memory
+        tiles = 2 if shape.gated else 1
+        return tiles * ((depth + 1) * activation + depth * (weight + 16 * self.block_g)) + expanded
+
+    def registers(self, shape: Shape) -> int:
+        """32-bit registers of a thread: accumulators, the expanded tile, addresses of the loads, and what is around."""
+        threads = 32 * self.warps
+        accumulators = self.block_o * self.block_t * (2 if shape.gated else 1)
+        expanded = self.block_o * KEPT_COLUMNS * self.block_g * shape.dtype.itemsize // 4
+        loads = KEPT_COLUMNS * self.block_g * self.block_t * shape.dtype.itemsize // 16
+        return 40 + (accumulators + expanded + 2 * loads) // threads
+
+
+def configurations(shape: Shape, target: Target) -> list[Config]:
+    """The configurations that suit a problem, best first."""
+    fitting = [config for config in _candidates(shape, target) if _fits(config, shape, target)]
+    return sorted(fitting, key=lambda config: seconds(config, shape, target))
+
+
+def splits(shape: Shape, target: Target) -> int:
+    """Into how many parts K is cut so that a problem with few tiles keeps the whole device reading.
+
+    The partial results are summed by a second kernel, which is worth its launch only where most of the device would
+    idle otherwise.
+    """
+    if shape.tokens > DECODE_TOKENS:
+        return 1
+    block = min(64, largest_block(shape.spec))
+    tiles = -(-shape.rows // block) * (2 if shape.gated else 1)
+    wanted = 2 * target.multiprocessors / tiles
+    longest = shape.groups // 64  # each part is long enough to fill a pipeline
+    return 1 << max(0, min(math.floor(math.log2(max(1.0, wanted))), int(math.log2(max(1, longest))), 3))
+
+
+def largest_block(spec: Spec) -> int:
+    """The largest power of two that divides V: rows that a tile can have and still lie in one block."""
+    return spec.v & -spec.v
+
+
+def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
+    parts = splits(shape, target)
+    rows = [block for block in (16, 32, 64, 128) if block <= largest_block(shape.spec)]
+    deepest = 5 if target.backend == "hip" else 7
+    if shape.tokens <= DECODE_TOKENS:
+        block_t = max(16, 1 << (shape.tokens - 1).bit_length())
+        for block_o in rows:
+            for block_g in (16, 32, 64):
+                for warps in (1, 2, 4, 8):
+                    for stages in range(3, deepest + 1, 2):
+                        yield Config(block_o, block_t, block_g, warps, stages, parts)
+        return
+    for block_o in rows:
+        for block_t in (32, 64, 128, 256):
+            for block_g in (16, 32):
+                for warps in (4, 8):
+                    for stages in range(3, deepest + 1, 2):
+                        yield Config(block_o, block_t, block_g, warps, stages)
+
+
+def _fits(config: Config, shape: Shape, target: Target) -> bool:
+    # A warp group of Hopper multiplies 64 rows at once; elsewhere a warp multiplies 16.
+    rows_a_warp = 16
+    least = config.block_o // rows_a_warp
+    too_many_warps = config.warps > max(4 if config.block_t >= 64 else 1, least)
+    too_wide = config.block_t > 2 * max(16, shape.tokens) or config.block_g > max(16, 2 * shape.groups)
+    # Accumulators and operands must leave room for addresses; what is above was seen to spill.
+    per_thread = min(255, target.registers // (32 * config.warps))
+    return (
+        not too_many_warps
+        and not too_wide
+        and config.registers(shape) <= 0.85 * per_thread
+        and config.shared_bytes(shape) <= target.shared_bytes
+    )
+
+
+def seconds(config: Config, shape: Shape, target: Target) -> float:
+    """Estimated time: the slower of memory and of the busiest multiprocessor's arithmetic and on-chip traffic."""
+    weights = 2 if shape.gated else 1
+    tiles = -(-shape.rows // config.block_o) * -(-shape.tokens // config.block_t) * config.splits
+    threads = target.warp_size * config.warps
+    resident = max(
+        1,
+        min(
+            target.shared_bytes // config.shared_bytes(shape),
+            target.registers // (config.registers(shape) * threads),
+            target.threads // threads,
+        ),
+    )
+    share = -(-tiles // target.multiprocessors)  # tiles of the busiest multiprocessor
+    groups = -(-shape.groups // config.splits)
+    groups = -(-groups // config.block_g) * config.block_g
+    terms = KEPT_COLUMNS * groups
+    clock = 1.7e9
+    # Narrow tiles leave the tensor cores waiting for their operands.
+    efficiency = min(1.0, config.block_t / 128) ** 0.25 * min(1.0, config.block_o / 64) ** 0.5
+    rate = target.peak_flops(shape.dtype, tf32=True) / target.multiprocessors * efficiency
+    multiply = weights * 2 * config.block_o * config.block_t * terms / rate
+    # Expanding takes about 3 instructions a term, 128 lanes at a time.
+    expand = weights * 3 * config.block_o * terms / (128 * clock)
+    bytes_read = weights * groups * (
+        config.block_o * shape.spec.n * (shape.dtype.itemsize + 0.25) + KEPT_COLUMNS * config.block_t * shape.dtype.itemsize
+    )
+    on_chip = bytes_read / (48 * clock)
+    # Resident tiles hide each other's latencies; a lone one waits for its own.
+    busy = max(multiply, expand, on_chip) * share + (multiply + expand + on_chip) / resident
+    iterations = groups / config.block_g
+    latency = iterations * 1.2e-6 / (1 + (config.stages - 1) // 2) * -(-share // resident)
+    stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
+    return max(busy, latency, stored / target.bandwidth)
+
+
