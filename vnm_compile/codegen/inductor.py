@@ -42,6 +42,7 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as inner_ops
+from torch.utils._sympy.functions import FloorDiv
 
 from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered below)
 
@@ -74,6 +75,7 @@ __all__ = [
     "copy_strided",
     "layout_of",
     "realized",
+    "round_up",
     "size_hint",
     "tunes_exhaustively",
     "watch_codegen",
@@ -239,6 +241,11 @@ def size_hint(size: Any) -> int:
     sizevars = V.graph.sizevars
     hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # before torch 2.12
     return int(hint(size))
+
+
+def round_up(size: Any, step: int) -> Any:
+    """The next multiple of `step`, in integers also where the size is symbolic."""
+    return FloorDiv(size + step - 1, step) * step
 
 
 def layout_of(like: Any, size: Sequence[Any], dtype: torch.dtype | None = None) -> Any:

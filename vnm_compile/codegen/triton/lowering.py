@@ -19,6 +19,7 @@ from vnm_compile.codegen.inductor import (
     layout_of,
     realized,
     reshape,
+    round_up,
     size_hint,
     tunes_exhaustively,
 )
@@ -103,7 +104,7 @@ class _Sparse:
         ranked = self._ranked(gated=False)
         if ranked[0].splits == 1:
             return self._call(linear_template(), ranked, self.out_features)
-        return apply(aten._to_copy.default, self._sums(ranked, self.out_features), dtype=self.dtype)
+        return self._cast(self._sums(ranked, self.out_features))
 
     def gated(self, activation: str) -> Any:
         """Node of the gated product, `[tokens, out_features]`."""
@@ -115,7 +116,10 @@ class _Sparse:
         gate = apply(aten.slice.Tensor, both, 1, 0, self.out_features)
         up = apply(aten.slice.Tensor, both, 1, self.rows, self.rows + self.out_features)
         product = apply(aten.mul.Tensor, _ACTIVATIONS[activation](gate), up)
-        return apply(aten._to_copy.default, product, dtype=self.dtype)
+        return self._cast(product)
+
+    def _cast(self, node: Any) -> Any:
+        return apply(torch.ops.prims.convert_element_type.default, node, self.dtype)
 
     def _ranked(self, gated: bool) -> list[Config]:
         shape = Shape(
@@ -212,7 +216,7 @@ def _activation(x: Any) -> Any:
     if tokens == 1:
         return realized(matrix)
     step = _ALIGNMENT // x.get_dtype().itemsize
-    padded = (tokens + step - 1) // step * step
+    padded = round_up(tokens, step)
     return copy_strided(matrix, [1, padded], [padded, width])
 
 
@@ -221,8 +225,7 @@ def _rows_apart(array: Any, multiple: int) -> Any:
     rows, width = (int(size) for size in array.get_size())
     if int(array.get_stride()[0]) % multiple == 0:
         return array
-    step = _ALIGNMENT // array.get_dtype().itemsize
-    padded = -(-width // step) * step
+    padded = round_up(width, _ALIGNMENT // array.get_dtype().itemsize)
     return copy_strided(array, [padded, 1], [rows, padded])
 
 
