@@ -107,9 +107,9 @@ def block(bias: Any, residual: Any) -> Callable[[Callable[..., Any], Any], Any]:
 @pytest.mark.parametrize("spec, tokens", [("64:2:8", 70), ("32:2:16", 9), ("16:1:4", 3)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_prologue_and_epilogue_are_fused_and_right(interpreter, spec, tokens, dtype):
-    pattern, x, packed, weight = case(spec, tokens, 96, 136, dtype)
+    pattern, x, packed, weight = case(spec, tokens, 96, 126, dtype)
     bias, residual = torch.randn(96).to(dtype), torch.randn(1, tokens, 96).to(dtype)
-    multiply = plain(pattern, 96, 136)
+    multiply = plain(pattern, 96, 126)
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any, bias: Any, residual: Any) -> Any:
         return block(bias, residual)(lambda y: multiply(y, values, metadata, columns), x)
@@ -187,9 +187,9 @@ def test_one_dynamic_kernel_serves_any_number_of_tokens(interpreter, hint):
 
 def test_arrays_whose_rows_are_not_aligned(interpreter):
     """Two bytes of metadata are read at once, so rows of an odd number of bytes are moved apart first."""
-    pattern, x, packed, weight = case("64:2:4", 8, 64, 108, torch.float16)
+    pattern, x, packed, weight = case("64:2:4", 8, 64, 104, torch.float16)
     assert packed.metadata.stride(0) % 2
-    generated = generate(plain(pattern, 64, 108), [x, *packed], "sm_90", static=(1, 2, 3))
+    generated = generate(plain(pattern, 64, 104), [x, *packed], "sm_90", static=(1, 2, 3))
     assert len(generated.kernels) == 3
     expect(interpreter, generated, [x, *packed], F.linear(x, weight), F.linear(x.double(), weight.double()))
 
