@@ -100,36 +100,30 @@ def largest_block(spec: Spec) -> int:
 
 def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
     parts = splits(shape, target)
-    rows = [block for block in (16, 32, 64, 128) if block <= largest_block(shape.spec)]
-    deepest = 5 if target.backend == "hip" else 7
-    if shape.tokens <= DECODE_TOKENS:
-        block_t = max(16, 1 << (shape.tokens - 1).bit_length())
-        for block_o in rows:
-            for block_g in (16, 32, 64):
-                for warps in (1, 2, 4, 8):
-                    for stages in range(3, deepest + 1, 2):
+    few = shape.tokens <= DECODE_TOKENS
+    tokens = [max(16, 1 << (shape.tokens - 1).bit_length())] if few else [32, 64, 128, 256]
+    for block_o in (16, 32, 64, 128):
+        for block_t in tokens:
+            for warps in (1, 2, 4, 8):
+                for block_g in (16, 32, 64) if few else (16, 32):
+                    for stages in (3, 5, 7):
                         yield Config(block_o, block_t, block_g, warps, stages, parts)
-        return
-    for block_o in rows:
-        for block_t in (32, 64, 128, 256):
-            for block_g in (16, 32):
-                for warps in (4, 8):
-                    for stages in range(3, deepest + 1, 2):
-                        yield Config(block_o, block_t, block_g, warps, stages)
 
 
 def _fits(config: Config, shape: Shape, target: Target) -> bool:
-    # A warp group of Hopper multiplies 64 rows at once; elsewhere a warp multiplies 16.
-    rows_a_warp = 16
-    least = config.block_o // rows_a_warp
-    too_many_warps = config.warps > max(4 if config.block_t >= 64 else 1, least)
-    too_wide = config.block_t > 2 * max(16, shape.tokens) or config.block_g > max(16, 2 * shape.groups)
-    # Accumulators and operands must leave room for addresses; what is above was seen to spill.
-    per_thread = min(255, target.registers // (32 * config.warps))
+    # A warp takes 16 rows, or, where there are more warps than such, all rows of a part of the tokens. What is in a
+    # thread then must leave registers for addresses and an epilogue: more than this was seen to spill.
+    rows_of_warps = config.block_o // 16
+    columns_of_warps = -(-config.warps // rows_of_warps)
     return (
-        not too_many_warps
-        and not too_wide
-        and config.registers(shape) <= 0.85 * per_thread
+        config.block_o <= largest_block(shape.spec)
+        and config.block_t <= 2 * max(16, shape.tokens)
+        and config.block_g <= max(16, 2 * shape.groups)
+        and config.block_t >= (64 * columns_of_warps if columns_of_warps > 1 else 1)
+        and rows_of_warps <= 2 * config.warps
+        # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
+        and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * target.warp_size * config.warps
+        and config.registers(shape) <= 0.7 * min(255, target.registers // (target.warp_size * config.warps))
         and config.shared_bytes(shape) <= target.shared_bytes
     )
 
@@ -156,8 +150,12 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     efficiency = min(1.0, config.block_t / 128) ** 0.25 * min(1.0, config.block_o / 64) ** 0.5
     rate = target.peak_flops(shape.dtype, tf32=True) / target.multiprocessors * efficiency
     multiply = weights * 2 * config.block_o * config.block_t * terms / rate
-    # Expanding takes about 3 instructions a term, 128 lanes at a time.
-    expand = weights * 3 * config.block_o * terms / (128 * clock)
+    # Instructions a term, as counted in machine code, 128 lanes at a time: a warp group of Hopper multiplies out of the
+    # registers that it expands to; elsewhere, and in narrower tiles, what is expanded changes lanes first. Warps
+    # that share rows expand each for itself.
+    direct = target.capability[0] == 9 and target.backend == "cuda" and config.block_o % 64 == 0 and config.warps % 4 == 0
+    repeated = max(1, 16 * config.warps // config.block_o)
+    expand = weights * (3 if direct else 5) * config.block_o * terms * repeated / (128 * clock)
     bytes_read = weights * groups * (
         config.block_o * shape.spec.n * (shape.dtype.itemsize + 0.25) + KEPT_COLUMNS * config.block_t * shape.dtype.itemsize
     )

@@ -1,7 +1,8 @@
 """Lowering of the vnm ops on GPUs: each function returns an Inductor node, or None for the reference.
 
-Activations are wanted with tokens next to each other (K-major): a kept column is then a contiguous row, read 16 bytes
-at a time. What computes them writes them so, or a copy does. A single token is as good either way.
+Activations are wanted with tokens next to each other (K-major), in rows that are padded to 16 bytes: a kept column is
+then a contiguous row, read 16 bytes at a time, whatever the number of tokens. What computes the activations writes
+them so where Inductor can fuse it; else a copy does.
 """
 
 from __future__ import annotations
@@ -174,7 +175,6 @@ class _Sparse:
             "METADATA_STRIDE": int(self.arrays[1].get_stride()[0]) // spec.n,
             "EVEN_G": groups % config.block_g == 0,
             "TAIL": self.in_features % spec.m != 0,
-            "K_MAJOR": self._is_k_major(),
             "WORDS": word,
             "DTYPE": {2: "tl.bfloat16" if self.dtype == torch.bfloat16 else "tl.float16", 4: "tl.float32"}[
                 self.dtype.itemsize
@@ -184,9 +184,6 @@ class _Sparse:
             "PERMUTE_BYTES": half and spec.n == 2 and self.target.backend == "cuda",
             "ALLOW_TF32": torch.backends.cuda.matmul.allow_tf32,
         }
-
-    def _is_k_major(self) -> bool:
-        return self.x.get_stride()[0] == 1 and self.x.get_stride()[1] != 1
 
     def _random_arrays(self) -> dict[int, Any]:
         """Valid random arrays to measure on: random columns would lie outside of the activations."""
@@ -207,17 +204,13 @@ class _Sparse:
 
 
 def _activation(x: Any) -> Any:
-    """The activations as a matrix `[tokens, in_features]`: K-major with aligned rows, or row-major for one token."""
+    """The activations as a matrix `[tokens, in_features]`, K-major with aligned rows."""
     *leading, width = x.get_size()
     tokens = 1
     for size in leading:
         tokens = tokens * size
-    matrix = reshape(x, [tokens, width])
-    if tokens == 1:
-        return realized(matrix)
-    step = _ALIGNMENT // x.get_dtype().itemsize
-    padded = round_up(tokens, step)
-    return copy_strided(matrix, [1, padded], [padded, width])
+    padded = round_up(tokens, _ALIGNMENT // x.get_dtype().itemsize)
+    return copy_strided(reshape(x, [tokens, width]), [1, padded], [padded, width])
 
 
 def _rows_apart(array: Any, multiple: int) -> Any:
