@@ -82,6 +82,14 @@ def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Prep
     return _rewrite(gm, inputs, options, _plan(sites, inputs, options))
 
 
+def compile_prepared(
+    gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, patches: Mapping[str, Any], options: Options
+) -> Callable[..., Any]:
+    """Compile a graph that has been through the passes, for these inputs only (no dispatcher watches the weights)."""
+    graph = prepared.rewritten.gm if prepared.rewritten else _plain_copy(gm)
+    return compile_graph(graph, [*inputs, *_faked(prepared.arrays)], dict(patches), options.key)
+
+
 def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
     """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
     sites = find_linears(gm.graph, inputs)

@@ -42,6 +42,7 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as inner_ops
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._sympy.functions import FloorDiv
 
 from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered below)
@@ -230,7 +231,9 @@ def choose_fastest(
     name: str, choices: list[Any], inputs: list[Any], layout: Any, make_inputs: dict[int, Callable[[Any], Any]] | None = None
 ) -> Any:
     """The node of whichever choice Inductor measures to be fastest, on random inputs or what `make_inputs` makes."""
-    result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make_inputs)
+    # What computes the inputs may not have a buffer yet; it is no part of this kernel all the same.
+    with patch.object(ir.IRNode, "_current_origins", OrderedSet([V.graph.current_node])):
+        result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make_inputs)
     return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.13 on
 
 

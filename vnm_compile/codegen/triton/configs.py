@@ -19,6 +19,10 @@ DECODE_TOKENS = 32
 """Up to this many tokens reading the weight takes longer than multiplying: it is read once, by as many as it takes."""
 
 
+_REGISTERS = {"cuda": 178, "hip": 128}
+"""How many of a thread's (at most 255) registers the estimate may fill; with more, real kernels were seen to spill."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the choice of a configuration depends on.
@@ -113,6 +117,8 @@ def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
 def _fits(config: Config, shape: Shape, target: Target) -> bool:
     # A warp takes 16 rows, or, where there are more warps than such, all rows of a part of the tokens. What is in a
     # thread then must leave registers for addresses and an epilogue: more than this was seen to spill.
+    if _by_warp_groups(target) and largest_block(shape.spec) >= 64 and (config.block_o < 64 or config.warps % 4):
+        return False
     rows_of_warps = config.block_o // 16
     columns_of_warps = -(-config.warps // rows_of_warps)
     return (
@@ -123,9 +129,15 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
         and rows_of_warps <= 2 * config.warps
         # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
         and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * target.warp_size * config.warps
-        and config.registers(shape) <= 0.7 * min(255, target.registers // (target.warp_size * config.warps))
+        and config.registers(shape) <= _REGISTERS[target.backend]
+        and config.registers(shape) * target.warp_size * config.warps <= target.registers
         and config.shared_bytes(shape) <= target.shared_bytes
     )
+
+
+def _by_warp_groups(target: Target) -> bool:
+    """Whether four warps multiply 64 rows together (wgmma of sm_90, tcgen05 of sm_100), faster than each its own."""
+    return target.backend == "cuda" and target.capability[0] in (9, 10)
 
 
 def seconds(config: Config, shape: Shape, target: Target) -> float:
@@ -153,7 +165,7 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     # Instructions a term, as counted in machine code, 128 lanes at a time: a warp group of Hopper multiplies out of the
     # registers that it expands to; elsewhere, and in narrower tiles, what is expanded changes lanes first. Warps
     # that share rows expand each for itself.
-    direct = target.capability[0] == 9 and target.backend == "cuda" and config.block_o % 64 == 0 and config.warps % 4 == 0
+    direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
     repeated = max(1, 16 * config.warps // config.block_o)
     expand = weights * (3 if direct else 5) * config.block_o * terms * repeated / (128 * clock)
     bytes_read = weights * groups * (
