@@ -54,7 +54,7 @@ def llama_layer():
 def test_sparse_kernels_for_every_target(target):
     """Nothing spills, tensor cores multiply, and the hot loop has no load narrower than an asynchronous copy."""
     report = vnm.inspect(feed_forward(2048, 2048), torch.randn(256, 2048, dtype=torch.bfloat16), target=target)
-    first, second = report.sparse
+    first, _ = report.sparse
     assert first.fused_ops[:3] == ("vnm.linear", "aten.add", "aten.gelu")
     for kernel in report.sparse:
         assert kernel.spills == 0
@@ -84,7 +84,7 @@ def test_a_bert_layer():
     # q, k and v are one; each of the others takes its bias along, the first of the feed-forward its activation.
     assert len(report.sparse) == 4
     assert {kernel.template for kernel in report.sparse} == {"vnm_linear"}
-    joined, _, up, _ = report.sparse
+    _, _, up, _ = report.sparse
     assert report.explanation["attention.self.query"].joined == ("attention.self.key", "attention.self.value")
     assert "aten.gelu" in up.fused_ops
     # Between attention and the end nothing stands alone: both residuals and biases are in a kernel with the norm.

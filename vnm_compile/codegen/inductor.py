@@ -50,11 +50,15 @@ from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered bel
 __all__ = [
     "CppTemplate",
     "CppTemplateKernel",
+    "TritonTemplate",
     "V",
+    "apply",
     "cache_dir",
     "choose",
+    "choose_fastest",
     "compile_graph",
     "contiguous_matrix",
+    "copy_strided",
     "cpu_threads",
     "device_patches",
     "export_declaration",
@@ -62,23 +66,19 @@ __all__ = [
     "forget_device_answers",
     "has_lowering",
     "ir",
+    "layout_of",
     "local_buffer",
     "matrix_layout",
     "mode_options",
+    "realized",
     "reshape",
+    "round_up",
+    "size_hint",
     "source_hash",
     "store_copy",
     "template_name",
-    "view_epilogue_in_2d",
-    "TritonTemplate",
-    "apply",
-    "choose_fastest",
-    "copy_strided",
-    "layout_of",
-    "realized",
-    "round_up",
-    "size_hint",
     "tunes_exhaustively",
+    "view_epilogue_in_2d",
     "watch_codegen",
 ]
 
@@ -228,7 +228,11 @@ def choose(template: Any, inputs: list[Any], layout: Any) -> Any:
 
 
 def choose_fastest(
-    name: str, choices: list[Any], inputs: list[Any], layout: Any, make_inputs: dict[int, Callable[[Any], Any]] | None = None
+    name: str,
+    choices: list[Any],
+    inputs: list[Any],
+    layout: Any,
+    make_inputs: dict[int, Callable[[Any], Any]] | None = None,
 ) -> Any:
     """The node of whichever choice Inductor measures to be fastest, on random inputs or what `make_inputs` makes."""
     # What computes the inputs may not have a buffer yet; it is no part of this kernel all the same.
@@ -241,9 +245,7 @@ def size_hint(size: Any) -> int:
     """A size as a number; of a symbolic one the value it was traced with, without a guard."""
     if isinstance(size, int | sympy.Integer):
         return int(size)
-    sizevars = V.graph.sizevars
-    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # before torch 2.12
-    return int(hint(size))
+    return int(V.graph.sizevars.optimization_hint(size))
 
 
 def round_up(size: Any, step: int) -> Any:

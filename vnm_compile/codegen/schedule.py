@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from vnm_compile.codegen.inductor import ir, V, template_name
+from vnm_compile.codegen.inductor import V, ir, template_name
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 _LINEAR, _GATED = torch.ops.vnm.linear.default, torch.ops.vnm.gated_linear.default

@@ -44,7 +44,7 @@ def count_instructions(assembly: str, loop_only: bool = False) -> Instructions:
         assembly: SASS as nvdisasm prints it, or amdgcn.
         loop_only: leave out what runs once.
     """
-    lines = assembly.splitlines()
+    lines: Sequence[str] = assembly.splitlines()
     if loop_only:
         lines = _hot_loop(lines)
     names = Counter(_instructions(lines))
@@ -88,4 +88,6 @@ def _hot_loop(lines: Sequence[str]) -> Sequence[str]:
     multiplying = [loop for loop in loops if any(_TENSOR_CORE.match(name) for name in _instructions(loop))]
     if multiplying:
         return min(multiplying, key=len)
-    return max((loop for loop in loops if len(loop) > 2), key=len, default=[])  # a kernel ends in an idle branch to itself
+    return max(
+        (loop for loop in loops if len(loop) > 2), key=len, default=[]
+    )  # a kernel ends in an idle branch to itself

@@ -18,7 +18,7 @@ from vnm_compile.codegen.virtual_device import device_target, virtual_device
 from vnm_compile.inspection.machine_code import compile_kernel
 from vnm_compile.inspection.report import Kernel, KernelReport, LibraryCall
 from vnm_compile.options import split_options
-from vnm_compile.report.explain import describe_graphs, trace
+from vnm_compile.report.explain import describe_graphs, layer_names, trace
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,12 @@ def inspect(
     if goal is not None:
         ours = replace(ours, policy="memory")
     fixed = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    names = layer_names(model)
     graphs: list[Prepared] = []
     generated: list[Generated] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        prepared = prepare(gm, inputs, ours)
+        prepared = prepare(gm, inputs, ours, names)
         graphs.append(prepared)
         # What Dynamo passes for a weight is the weight itself, or an alias of it.
         static = [i for i, value in enumerate(inputs) if id(value) in fixed or isinstance(value, nn.Parameter)]

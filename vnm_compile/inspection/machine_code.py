@@ -83,7 +83,8 @@ def loaded(source: str) -> Iterator[ModuleType]:
         path = Path(folder) / "kernel.py"
         path.write_text(source)
         spec = importlib.util.spec_from_file_location("vnm_inspected_kernel", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module.__name__] = module
         try:

@@ -16,7 +16,7 @@ _SCRIPT = Path(__file__).with_name("reproduce.py.txt")
 
 
 def save(report: KernelReport, folder: Path) -> Path:
-    """Write `report.txt`, the wrappers, and `KERNEL/{source.py, kernel.ptx, kernel.sass, figures.json, reproduce.py}`."""
+    """Write the report and the graphs' wrappers, and a folder a kernel: source, machine code, figures, a script."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text(f"{report}\n{report.explanation}\n")
     for i, wrapper in enumerate(report.wrappers):

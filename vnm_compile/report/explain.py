@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from vnm_compile.annotate import Layer, annotation_of, linear_layers
 from vnm_compile.backend import Prepared, prepare
-from vnm_compile.options import Options, split_options
+from vnm_compile.options import split_options
 from vnm_compile.passes import Decision
 from vnm_compile.report.cost import CostModel
 from vnm_compile.report.explanation import Explanation, LayerReport
@@ -38,14 +38,20 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     model = getattr(model, "_orig_mod", model)
     ours, _ = split_options(options)
     graphs: list[Prepared] = []
+    names = layer_names(model)
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        graphs.append(prepare(gm, inputs, ours))
+        graphs.append(prepare(gm, inputs, ours, names))
         return gm.forward
 
     if args or kwargs:
         trace(model, args, kwargs, record)
     return describe_graphs(model, graphs)
+
+
+def layer_names(model: nn.Module) -> dict[int, str]:
+    """Names of a model's linears by the id of their weight; a graph after a graph break knows only a part of them."""
+    return {id(layer.module.weight): layer.name for layer in linear_layers(model)}
 
 
 def describe_graphs(model: nn.Module, graphs: Sequence[Prepared]) -> Explanation:

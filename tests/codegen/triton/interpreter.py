@@ -106,7 +106,8 @@ class _Kernels:
         text = source.replace("triton_helpers, triton_heuristics", "triton_helpers")
         path.write_text(f"from {__name__} import heuristics as triton_heuristics\n{text}")
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[path.stem] = module
         spec.loader.exec_module(module)

@@ -36,7 +36,8 @@ def arrays(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, 
 def expect(interpreter: Interpreter, generated: Generated, inputs: list[Any], dense: Tensor, exact: Tensor) -> None:
     """The wrapper's output is as near to float64 as the dense layers are in the same dtype."""
     (output,) = interpreter.run(generated.wrapper, inputs)
-    assert output.dtype == dense.dtype and output.shape == dense.shape
+    assert output.dtype == dense.dtype
+    assert output.shape == dense.shape
     assert_as_accurate_as_dense(output, dense, exact)
 
 
@@ -51,9 +52,7 @@ def case(
 
 def plain(spec: Spec, out_features: int, in_features: int) -> Callable[..., Any]:
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return torch.ops.vnm.linear(
-            x, values, metadata, columns, spec.v, spec.n, spec.m, in_features, out_features
-        )
+        return torch.ops.vnm.linear(x, values, metadata, columns, spec.v, spec.n, spec.m, in_features, out_features)
 
     return graph
 
@@ -104,7 +103,7 @@ def block(bias: Any, residual: Any) -> Callable[[Callable[..., Any], Any], Any]:
     return surround
 
 
-@pytest.mark.parametrize("spec, tokens", [("64:2:8", 70), ("32:2:16", 9), ("16:1:4", 3)])
+@pytest.mark.parametrize(("spec", "tokens"), [("64:2:8", 70), ("32:2:16", 9), ("16:1:4", 3)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_prologue_and_epilogue_are_fused_and_right(interpreter, spec, tokens, dtype):
     pattern, x, packed, weight = case(spec, tokens, 96, 126, dtype)
@@ -170,7 +169,8 @@ def test_split_sums_of_a_gated_pair(interpreter):
     assert any("SPLITS : tl.constexpr = 4" in kernel.source for kernel in generated.kernels)
     weights = gate_weight, unpack(up, pattern, 100, 2048)
     dense, exact = (
-        F.gelu(F.linear(x.to(kind), weights[0].to(kind)), approximate="tanh") * F.linear(x.to(kind), weights[1].to(kind))
+        F.gelu(F.linear(x.to(kind), weights[0].to(kind)), approximate="tanh")
+        * F.linear(x.to(kind), weights[1].to(kind))
         for kind in (torch.float16, torch.float64)
     )
     expect(interpreter, generated, [x, *both], dense, exact)
@@ -195,6 +195,6 @@ def test_arrays_whose_rows_are_not_aligned(interpreter):
 
 
 def test_blocks_of_few_rows_run_the_reference(interpreter):
-    pattern, x, packed, weight = case("8:2:8", 8, 64, 64, torch.float16)
+    pattern, x, packed, _ = case("8:2:8", 8, 64, 64, torch.float16)
     generated = generate(plain(pattern, 64, 64), [x, *packed], "sm_90", static=(1, 2, 3))
     assert not any(kernel.schedule.template for kernel in generated.kernels)

@@ -19,7 +19,7 @@ DECODE_TOKENS = 32
 """Up to this many tokens reading the weight takes longer than multiplying: it is read once, by as many as it takes."""
 
 
-_REGISTERS = {"cuda": 178, "hip": 128}
+_REGISTERS = {"cuda": 178, "hip": 100}
 """How many of a thread's (at most 255) registers the estimate may fill; with more, real kernels were seen to spill."""
 
 
@@ -67,9 +67,9 @@ class Config:
         tiles = 2 if shape.gated else 1
         return tiles * ((depth + 1) * activation + depth * (weight + 16 * self.block_g)) + expanded
 
-    def registers(self, shape: Shape) -> int:
+    def registers(self, shape: Shape, warp_size: int = 32) -> int:
         """32-bit registers of a thread: accumulators, the expanded tile, addresses of the loads, and what is around."""
-        threads = 32 * self.warps
+        threads = warp_size * self.warps
         accumulators = self.block_o * self.block_t * (2 if shape.gated else 1)
         expanded = self.block_o * KEPT_COLUMNS * self.block_g * shape.dtype.itemsize // 4
         loads = KEPT_COLUMNS * self.block_g * self.block_t * shape.dtype.itemsize // 16
@@ -124,13 +124,13 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
     return (
         config.block_o <= largest_block(shape.spec)
         and config.block_t <= 2 * max(16, shape.tokens)
-        and config.block_g <= max(16, 2 * shape.groups)
+        and config.block_g <= max(32, 2 * shape.groups)
         and config.block_t >= (64 * columns_of_warps if columns_of_warps > 1 else 1)
         and rows_of_warps <= 2 * config.warps
         # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
         and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * target.warp_size * config.warps
-        and config.registers(shape) <= _REGISTERS[target.backend]
-        and config.registers(shape) * target.warp_size * config.warps <= target.registers
+        and config.registers(shape, target.warp_size) <= _REGISTERS[target.backend]
+        and config.registers(shape, target.warp_size) * target.warp_size * config.warps <= target.registers
         and config.shared_bytes(shape) <= target.shared_bytes
     )
 
@@ -149,7 +149,7 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
         1,
         min(
             target.shared_bytes // config.shared_bytes(shape),
-            target.registers // (config.registers(shape) * threads),
+            target.registers // (config.registers(shape, target.warp_size) * threads),
             target.threads // threads,
         ),
     )
@@ -168,8 +168,13 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
     repeated = max(1, 16 * config.warps // config.block_o)
     expand = weights * (3 if direct else 5) * config.block_o * terms * repeated / (128 * clock)
-    bytes_read = weights * groups * (
-        config.block_o * shape.spec.n * (shape.dtype.itemsize + 0.25) + KEPT_COLUMNS * config.block_t * shape.dtype.itemsize
+    bytes_read = (
+        weights
+        * groups
+        * (
+            config.block_o * shape.spec.n * (shape.dtype.itemsize + 0.25)
+            + KEPT_COLUMNS * config.block_t * shape.dtype.itemsize
+        )
     )
     on_chip = bytes_read / (48 * clock)
     # Resident tiles hide each other's latencies; a lone one waits for its own.
@@ -178,5 +183,3 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     latency = iterations * 1.2e-6 / (1 + (config.stages - 1) // 2) * -(-share // resident)
     stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
     return max(busy, latency, stored / target.bandwidth)
-
-

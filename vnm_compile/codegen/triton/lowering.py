@@ -56,7 +56,8 @@ def linear(
         return None
     *leading, _ = x.get_size()
     problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
-    return reshape(problem.linear(), [*leading, out_features])
+    result = problem.linear()
+    return None if result is None else reshape(result, [*leading, out_features])
 
 
 def gated_linear(
@@ -77,7 +78,8 @@ def gated_linear(
         return None
     *leading, _ = x.get_size()
     problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
-    return reshape(problem.gated(activation), [*leading, out_features])
+    result = problem.gated(activation)
+    return None if result is None else reshape(result, [*leading, out_features])
 
 
 def _supported(x: Any, values: Any, spec: Spec) -> bool:
@@ -101,15 +103,19 @@ class _Sparse:
         self.tokens = self.x.get_size()[0]
 
     def linear(self) -> Any:
-        """Node of the product, `[tokens, out_features]`."""
+        """Node of the product, `[tokens, out_features]`; None where no configuration fits the device."""
         ranked = self._ranked(gated=False)
+        if not ranked:
+            return None
         if ranked[0].splits == 1:
             return self._call(linear_template(), ranked, self.out_features)
         return self._cast(self._sums(ranked, self.out_features))
 
     def gated(self, activation: str) -> Any:
-        """Node of the gated product, `[tokens, out_features]`."""
+        """Node of the gated product, `[tokens, out_features]`; None as in `linear`."""
         ranked = self._ranked(gated=True)
+        if not ranked:
+            return None
         if ranked[0].splits == 1:
             return self._call(gated_template(activation), ranked, self.out_features)
         # Gate and up are one weight of twice the rows here.
