@@ -19,6 +19,9 @@ DECODE_TOKENS = 32
 """Up to this many tokens reading the weight takes longer than multiplying: it is read once, by as many as it takes."""
 
 
+_SPLIT_TOKENS = 128
+"""Up to this many tokens K may be split; beyond, partial results are more to write and read than is won."""
+
 _REGISTERS = {"cuda": 178, "hip": 100}
 """How many of a thread's (at most 255) registers the estimate may fill; with more, real kernels were seen to spill."""
 
@@ -88,10 +91,10 @@ def splits(shape: Shape, target: Target) -> int:
     The partial results are summed by a second kernel, which is worth its launch only where most of the device would
     idle otherwise.
     """
-    if shape.tokens > DECODE_TOKENS:
+    if shape.tokens > _SPLIT_TOKENS:
         return 1
     block = min(64, largest_block(shape.spec))
-    tiles = -(-shape.rows // block) * (2 if shape.gated else 1)
+    tiles = -(-shape.rows // block) * -(-shape.tokens // 64) * (2 if shape.gated else 1)
     wanted = 2 * target.multiprocessors / tiles
     longest = shape.groups // 64  # each part is long enough to fill a pipeline
     return 1 << max(0, min(math.floor(math.log2(max(1.0, wanted))), int(math.log2(max(1, longest))), 3))
