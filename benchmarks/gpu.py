@@ -64,7 +64,7 @@ class Row:
             f"{self.semi_structured_us:.1f}" if self.semi_structured_us else "-",
             f"{self.sparse_us:.1f}",
             f"{self.ratio:.2f}",
-            f"{over:.2f}" if over else "-",
+            _ratio(over),
             f"{self.limit:.2f} ({self.ratio / self.limit:.0%})",
             f"{self.floor_us / self.sparse_us:.0%}",
         )
@@ -78,6 +78,10 @@ def table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     rows = [headings, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def geometric_means(rows: Iterable[Row]) -> list[tuple[int, int, float, float, float | None]]:
@@ -106,7 +110,7 @@ def geometric_means(rows: Iterable[Row]) -> list[tuple[int, int, float, float, f
 def summary(rows: list[Row]) -> str:
     """The table of targets."""
     cells = [
-        (str(m), str(t), f"{mean:.2f}", f"{target:.1f}", "yes" if mean >= target else "NO", f"{over:.2f}" if over else "-")
+        (str(m), str(t), f"{mean:.2f}", f"{target:.1f}", "yes" if mean >= target else "NO", _ratio(over))
         for m, t, mean, target, over in geometric_means(rows)
     ]
     small = [row.ratio for row in rows if row.tokens == 1 and row.case not in [f"{o} x {k}" for o, k in LARGE]]
@@ -226,7 +230,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def run(sections: list[str], out: Path, budget: float) -> int:
-    """Measure the sections within `budget` seconds, write what was measured, print the tables; 1 if a result is wrong."""
+    """Measure the sections within `budget` seconds, write and print what was measured; 1 if a result is wrong."""
     from benchmarks.gpu_timing import ceilings
 
     begin, device, wrong = time.monotonic(), torch.device("cuda", 0), False

@@ -1,4 +1,4 @@
-"""Time calls on a GPU: replays of a CUDA graph that goes through several sets of weights, larger than the L2 together."""
+"""Time calls on a GPU: replays of a CUDA graph over several sets of weights, larger than the L2 together."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
 def ceilings(device: torch.device) -> tuple[float, float]:
     """Measured bytes/s of a copy (read plus written) and bf16 flop/s of a matrix product, on random data."""
     size = 1 << 30
-    source, target = torch.randint(127, (size,), dtype=torch.int8, device=device), torch.empty(
-        size, dtype=torch.int8, device=device
+    source, target = (
+        torch.randint(127, (size,), dtype=torch.int8, device=device),
+        torch.empty(size, dtype=torch.int8, device=device),
     )
     n = 8192
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
