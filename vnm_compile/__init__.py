@@ -13,6 +13,7 @@ from vnm_compile.errors import VNMError
 from vnm_compile.format import detect, matches
 from vnm_compile.prune import sparsify
 from vnm_compile.report import explain
+from vnm_compile.selection import select_spec
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 
@@ -30,5 +31,6 @@ __all__ = [
     "explain",
     "matches",
     "refresh",
+    "select_spec",
     "sparsify",
 ]
