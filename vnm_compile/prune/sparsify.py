@@ -98,7 +98,7 @@ def sparsify(
                 "method": name,
                 "norm": norm,
                 "damping": damping,
-                "layers": [(n.name, str(s)) for n, s in selected],
+                "layers": [[each.name, str(s)] for each, s in selected],
             }
             store = PrunedLayers(checkpoint, settings, batches) if checkpoint is not None else None
             errors = _prune_by_layers(model, selected, batches, name, norm, damping, store, bar)
