@@ -14,6 +14,7 @@ from vnm_compile.format import detect, matches
 from vnm_compile.inspection import inspect
 from vnm_compile.prune import sparsify
 from vnm_compile.report import explain
+from vnm_compile.selection import select_spec
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 
@@ -32,5 +33,6 @@ __all__ = [
     "inspect",
     "matches",
     "refresh",
+    "select_spec",
     "sparsify",
 ]
