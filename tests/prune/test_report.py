@@ -98,7 +98,7 @@ def test_layers_of_another_run_are_refused(tmp_path):
     with torch.no_grad():
         other[2].weight[0, 0] += 1
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(vnm.VNMError, match="^2: .* of a run with another weight;"):
+    with pytest.raises(vnm.VNMError, match=r"^2: .* of a run with another weight;"):
         vnm.sparsify(other, "16:2:8", **arguments)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     (tmp_path / "0.safetensors").write_bytes(b"half a file")
