@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support import random_sparse
 from vnm_compile import Spec, VNMError, detect, matches
-from vnm_compile.format import pack, unpack, unpack_indices
+from vnm_compile.format import align_rows, pack, unpack, unpack_indices
 
 SPECS = st.builds(
     Spec,
@@ -169,3 +169,14 @@ def test_a_weight_is_a_matrix():
             pack(torch.zeros(shape), Spec(16, 2, 8))
         with pytest.raises(VNMError, match="2 dimensions"):
             matches(torch.zeros(shape), "16:2:8")
+
+
+def test_rows_are_aligned_where_they_are_not():
+    spec = Spec.parse("16:2:5")
+    packed = pack(random_sparse(32, 4096, spec, torch.bfloat16), spec)
+    aligned = align_rows(packed)
+    assert aligned.values is packed.values
+    assert packed.metadata.stride(0) == 410
+    assert aligned.metadata.stride(0) == 416
+    assert torch.equal(aligned.metadata, packed.metadata)
+    assert torch.equal(unpack(aligned, spec, 32, 4096), unpack(packed, spec, 32, 4096))

@@ -30,6 +30,9 @@ DETECTED_M = range(4, 257)
 _SAMPLED_ROWS = 64
 
 
+_WIDEST_LOAD = 16  # bytes that a thread of a GPU loads at once
+
+
 class Packed(NamedTuple):
     """The three canonical arrays of one weight."""
 
@@ -71,6 +74,22 @@ def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:
         _pack_indices(indices.reshape(rows, groups * spec.n)),
         columns.to(spec.column_dtype),
     )
+
+
+def align_rows(packed: Packed) -> Packed:
+    """The same arrays with every row of values and metadata at a multiple of 16 bytes, as GPUs load them.
+
+    Views of padded arrays where that is not so already: 64:2:5 has rows of 205 bytes of metadata at K = 4096.
+    """
+
+    def align(array: Tensor) -> Tensor:
+        rows, width = array.shape
+        multiple = _WIDEST_LOAD // array.element_size()
+        if array.stride() == (width, 1) and width % multiple == 0:
+            return array
+        return array.new_zeros(rows, -(-width // multiple) * multiple)[:, :width].copy_(array)
+
+    return Packed(align(packed.values), align(packed.metadata), packed.columns)
 
 
 def unpack(packed: Packed, spec: Spec, out_features: int, in_features: int) -> Tensor:

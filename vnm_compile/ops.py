@@ -32,7 +32,8 @@ def linear(
 
     Args:
         x: `[..., in_features]`, the dtype of `values`.
-        values, metadata, columns: the canonical arrays (see `vnm_compile.format`).
+        values, metadata, columns: the canonical arrays (see `vnm_compile.format`). Rows may be further apart than they
+            are wide; on a GPU what lies between, up to a multiple of 16 bytes, must then be zeros.
         v, n, m: the pattern.
         in_features, out_features: size of the weight; the arrays are padded up to blocks.
 

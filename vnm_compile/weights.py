@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vnm_compile.format import Packed, detect, matches, pack
+from vnm_compile.format import Packed, align_rows, detect, matches, pack
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 
@@ -63,6 +63,8 @@ class PackStore:
     def get(self, weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Packed:
         """Return the canonical arrays of `weights`, joined along the rows; packed again if one has changed.
 
+        On a GPU the rows are aligned (`format.align_rows`).
+
         Args:
             weights: each `[out, in]`, or `[in, out]` where `transposed`.
             names: of the layers, for errors.
@@ -70,8 +72,9 @@ class PackStore:
         Raises:
             VNMError: a weight breaks `spec`.
         """
-        if len(weights) == 1 and isinstance(weights[0], VNMTensor):
-            return weights[0].packed
+        stored = weights[0].packed if len(weights) == 1 and isinstance(weights[0], VNMTensor) else None
+        if stored is not None and not stored.values.is_cuda:
+            return stored
         key = (tuple(map(id, weights)), tuple(transposed), spec)
         stamps = tuple(map(stamp, weights))
         entry = self._entries.get(key)
@@ -79,9 +82,9 @@ class PackStore:
             return entry.packed
         # Packing runs on real values also where the caller is tracing with fake ones.
         with torch.no_grad(), _disable_current_modes():
-            matrices = [w.t() if flip else w for w, flip in zip(weights, transposed, strict=True)]
-            parts = [pack(matrix, spec, name) for matrix, name in zip(matrices, names, strict=True)]
-            packed = parts[0] if len(parts) == 1 else Packed(*map(torch.cat, zip(*parts, strict=True)))
+            packed = stored if stored is not None else _pack(weights, transposed, names, spec)
+            if packed.values.is_cuda:
+                packed = align_rows(packed)
             if entry is not None and _same_form(entry.packed, packed):
                 # Written into the arrays that compiled code knows, whose addresses CUDA graphs have recorded.
                 for old, new in zip(entry.packed, packed, strict=True):
@@ -102,6 +105,12 @@ class PackStore:
         for key, entry in self._entries.items():
             if gone & set(key[0]):
                 self._entries[key] = _Entry(entry.packed, ())
+
+
+def _pack(weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Packed:
+    matrices = [w.t() if flip else w for w, flip in zip(weights, transposed, strict=True)]
+    parts = [pack(matrix, spec, name) for matrix, name in zip(matrices, names, strict=True)]
+    return parts[0] if len(parts) == 1 else Packed(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _same_form(one: Packed, other: Packed) -> bool:

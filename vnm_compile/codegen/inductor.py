@@ -215,7 +215,7 @@ def matrix_layout(matrix: Any, columns: int) -> Any:
 
 def reshape(node: Any, size: Sequence[Any]) -> Any:
     """A view of an IR node in another size."""
-    return lowering.lowerings[torch.ops.aten.view.default](node, list(size))
+    return apply(torch.ops.aten.view.default, node, list(size))
 
 
 def choose(template: Any, inputs: list[Any], layout: Any) -> Any:
@@ -235,10 +235,15 @@ def choose_fastest(
     make_inputs: dict[int, Callable[[Any], Any]] | None = None,
 ) -> Any:
     """The node of whichever choice Inductor measures to be fastest, on random inputs or what `make_inputs` makes."""
-    # What computes the inputs may not have a buffer yet; it is no part of this kernel all the same.
-    with patch.object(ir.IRNode, "_current_origins", OrderedSet([V.graph.current_node])):
+    with _own_origins():
         result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make_inputs)
     return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.13 on
+
+
+def _own_origins() -> Any:
+    """Have new nodes name the op being lowered only: what computes its inputs may not have a buffer yet, and would be
+    named too, but is no part of them."""
+    return patch.object(ir.IRNode, "_current_origins", OrderedSet([V.graph.current_node]))
 
 
 def size_hint(size: Any) -> int:
@@ -286,7 +291,8 @@ def tunes_exhaustively() -> bool:
 
 def apply(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Lower an aten op: what a lowering makes of its own results (sums, casts, activations) and Inductor fuses."""
-    return lowering.lowerings[op](*args, **kwargs)
+    with _own_origins():
+        return lowering.lowerings[op](*args, **kwargs)
 
 
 # What C++ templates are written with.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from vnm_compile.backend import Prepared, compile_prepared, prepare
 from vnm_compile.codegen.generate import Generated, GeneratedKernel, generate, watch_generated
 from vnm_compile.codegen.targets import Target, find_target
 from vnm_compile.codegen.virtual_device import device_target, virtual_device
+from vnm_compile.format import Packed, align_rows
 from vnm_compile.inspection.machine_code import compile_kernel
 from vnm_compile.inspection.report import Kernel, KernelReport, LibraryCall
 from vnm_compile.options import split_options
@@ -67,7 +68,7 @@ def inspect(
         static += range(len(inputs), len(inputs) + len(prepared.arrays))
         if goal is not None:
             graph = prepared.rewritten.gm if prepared.rewritten else gm
-            everything = [*_as_traced(gm, inputs), *prepared.arrays]
+            everything = [*_as_traced(gm, inputs), *_as_on_a_gpu(prepared.arrays)]
             generated.append(generate(graph, everything, goal, static=static, options=inductors))
         else:
             with watch_generated(static) as written:
@@ -94,6 +95,12 @@ def _as_traced(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """The inputs of a graph with the sizes that Dynamo traced it with, symbolic ones among them."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     return [node.meta.get("example_value", value) for node, value in zip(placeholders, inputs, strict=True)]
+
+
+def _as_on_a_gpu(arrays: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The packed arrays in the layout that they would have there."""
+    for packed in zip(*[iter(arrays)] * 3, strict=True):
+        yield from align_rows(Packed(*packed))
 
 
 def _kernel(generated: GeneratedKernel, graph: int, target: Target | None) -> Kernel:

@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from tests.codegen.triton.interpreter import Interpreter
-from tests.support import assert_as_accurate_as_dense
-from vnm_compile.codegen.generate import Generated, generate
-from vnm_compile.codegen.measure import random_packed
-from vnm_compile.format import Packed, unpack
+from tests.codegen.triton.cases import arrays, case, expect, plain
+from vnm_compile.codegen.generate import generate
+from vnm_compile.format import align_rows, unpack
 from vnm_compile.ops import GATES
-from vnm_compile.problem import Problem
-from vnm_compile.spec import Spec
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    process = Interpreter()
-    yield process
-    process.close()
-
-
-def arrays(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Packed:
-    return random_packed(Problem(1, out_features, in_features, spec, dtype, CPU), seed)
-
-
-def expect(interpreter: Interpreter, generated: Generated, inputs: list[Any], dense: Tensor, exact: Tensor) -> None:
-    """The wrapper's output is as near to float64 as the dense layers are in the same dtype."""
-    (output,) = interpreter.run(generated.wrapper, inputs)
-    assert output.dtype == dense.dtype
-    assert output.shape == dense.shape
-    assert_as_accurate_as_dense(output, dense, exact)
-
-
-def case(
-    spec: str, tokens: int, out_features: int, in_features: int, dtype: torch.dtype
-) -> tuple[Spec, Tensor, Packed, Tensor]:
-    pattern = Spec.parse(spec)
-    packed = arrays(out_features, in_features, pattern, dtype)
-    x = torch.randn(1, tokens, in_features).to(dtype)
-    return pattern, x, packed, unpack(packed, pattern, out_features, in_features)
-
-
-def plain(spec: Spec, out_features: int, in_features: int) -> Callable[..., Any]:
-    def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return torch.ops.vnm.linear(x, values, metadata, columns, spec.v, spec.n, spec.m, in_features, out_features)
-
-    return graph
-
 
 SHAPES = [  # tokens, out_features, in_features: tails everywhere
     (1, 128, 128),
@@ -198,3 +155,14 @@ def test_blocks_of_few_rows_run_the_reference(interpreter):
     pattern, x, packed, _ = case("8:2:8", 8, 64, 64, torch.float16)
     generated = generate(plain(pattern, 64, 64), [x, *packed], "sm_90", static=(1, 2, 3))
     assert not any(kernel.schedule.template for kernel in generated.kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", ["32:2:5", "32:1:5"])
+def test_zeros_between_aligned_rows_are_read(interpreter, spec, dtype):
+    """The last load of a row is whole: what it brings too much is the zeros that `align_rows` put there."""
+    pattern, x, packed, weight = case(spec, 9, 64, 165, dtype)  # 33 groups
+    packed = align_rows(packed)
+    assert packed.metadata.stride(0) % 16 == 0
+    generated = generate(plain(pattern, 64, 165), [x, *packed], "sm_90", static=(1, 2, 3))
+    expect(interpreter, generated, [x, *packed], F.linear(x, weight), F.linear(x.double(), weight.double()))

@@ -178,7 +178,9 @@ class _Sparse:
             "SPLITS": config.splits,
             "SPLIT_G": split_groups,
             "VALUES_STRIDE": int(self.arrays[0].get_stride()[0]) // (spec.n if word else 1),
+            "VALUES_WIDTH": _readable(self.arrays[0]) // (spec.n if word else 1),
             "METADATA_STRIDE": int(self.arrays[1].get_stride()[0]) // spec.n,
+            "METADATA_WIDTH": _readable(self.arrays[1]) // spec.n,
             "EVEN_G": groups % config.block_g == 0,
             "TAIL": self.in_features % spec.m != 0,
             "WORDS": word,
@@ -202,9 +204,9 @@ class _Sparse:
 
         def like(position: int, buffer: Any) -> torch.Tensor:
             size, stride = ([int(s) for s in sizes] for sizes in (buffer.get_size(), buffer.get_stride()))
-            return torch.empty_strided(size, stride, dtype=buffer.get_dtype(), device=buffer.get_device()).copy_(
-                arrays()[position]
-            )
+            made = torch.empty_strided(size, stride, dtype=buffer.get_dtype(), device=buffer.get_device()).zero_()
+            made[:, : arrays()[position].shape[1]] = arrays()[position]
+            return made
 
         return {1 + i: functools.partial(like, i) for i in range(3)}
 
@@ -220,12 +222,22 @@ def _activation(x: Any) -> Any:
 
 
 def _rows_apart(array: Any, multiple: int) -> Any:
-    """The array itself if its rows begin at multiples of `multiple` elements; else a copy in which they do."""
-    rows, width = (int(size) for size in array.get_size())
+    """The array itself if its rows begin at multiples of `multiple` elements; else a copy with zeros after each row."""
     if int(array.get_stride()[0]) % multiple == 0:
         return array
-    padded = round_up(width, _ALIGNMENT // array.get_dtype().itemsize)
-    return copy_strided(array, [padded, 1], [rows, padded])
+    padding = _aligned(array) - int(array.get_size()[1])
+    return realized(apply(aten.constant_pad_nd.default, array, [0, padding], 0))
+
+
+def _readable(array: Any) -> int:
+    """Elements of a row that may be read: with the zeros of an aligned one, so that the last load is whole."""
+    aligned = _aligned(array)
+    return aligned if int(array.get_stride()[0]) >= aligned else int(array.get_size()[1])
+
+
+def _aligned(array: Any) -> int:
+    """Elements of a row, rounded up to whole loads."""
+    return int(round_up(int(array.get_size()[1]), _ALIGNMENT // array.get_dtype().itemsize))
 
 
 _ACTIVATIONS = {

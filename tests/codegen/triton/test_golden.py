@@ -1,0 +1,115 @@
+"""Generated kernels as golden text: a change of a template is a diff to review. Each is compiled and interpreted too.
+
+The text begins at the kernel: what Inductor writes above it holds hashes of the torch build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.codegen.triton.cases import arrays, case, expect
+from vnm_compile.codegen.generate import generate
+from vnm_compile.codegen.targets import find_target
+from vnm_compile.codegen.virtual_device import virtual_device
+from vnm_compile.format import unpack
+from vnm_compile.inspection.machine_code import compile_kernel
+from vnm_compile.spec import Spec
+
+
+class Golden(NamedTuple):
+    name: str
+    target: str
+    spec: str
+    tokens: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    epilogue: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def gelu(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return F.gelu(y + bias)
+
+
+def add_residual(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return y + bias + residual
+
+
+def scale(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return y * 0.125
+
+
+GOLDEN = [
+    Golden("decode_add", "sm_90", "64:2:8", 1, 128, 512, torch.bfloat16, add_residual),
+    Golden("prefill_gelu", "sm_90", "128:2:16", 300, 256, 512, torch.bfloat16, gelu),
+    Golden("tails_gelu", "sm_80", "32:2:5", 33, 100, 333, torch.float16, gelu),
+    Golden("one_kept_scale", "sm_89", "64:1:8", 20, 64, 256, torch.float32, scale),
+    Golden("shifted_add", "gfx942", "64:2:8", 40, 128, 256, torch.float16, add_residual),
+]
+
+
+def kernel_text(source: str) -> str:
+    return source[source.index("@triton.jit") :].strip() + "\n"
+
+
+def multiply(name: str, spec: Spec, out_features: int, in_features: int) -> Callable[..., Any]:
+    op = getattr(torch.ops.vnm, name)
+    rest = ("silu",) if name == "gated_linear" else ()
+
+    def call(x: Any, packed: Any) -> Any:
+        return op(x, *packed, spec.v, spec.n, spec.m, in_features, out_features, *rest)
+
+    return call
+
+
+@pytest.mark.parametrize("each", GOLDEN, ids=lambda each: each.name)
+def test_linear(golden, interpreter, each):
+    spec, x, packed, weight = case(each.spec, each.tokens, each.out_features, each.in_features, each.dtype)
+    bias = torch.randn(each.out_features).to(each.dtype)
+    residual = torch.randn(1, each.tokens, each.out_features).to(each.dtype)
+    linear = multiply("linear", spec, each.out_features, each.in_features)
+
+    def graph(x: Any, values: Any, metadata: Any, columns: Any, bias: Any, residual: Any) -> Any:
+        return each.epilogue(linear(x, (values, metadata, columns)), bias, residual)
+
+    inputs = [x, *packed, bias, residual]
+    generated = generate(graph, inputs, each.target, static=(1, 2, 3, 4))
+    check(golden, each.name, each.target, generated)
+    exact = each.epilogue(F.linear(x.double(), weight.double()), bias.double(), residual.double())
+    expect(interpreter, generated, inputs, each.epilogue(F.linear(x, weight), bias, residual), exact)
+
+
+def test_gated(golden, interpreter):
+    spec, x, gate, gate_weight = case("64:2:8", 48, 128, 256, torch.bfloat16)
+    up = arrays(128, 256, spec, torch.bfloat16, seed=1)
+    weights = gate_weight, unpack(up, spec, 128, 256)
+    both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+    gated = multiply("gated_linear", spec, 128, 256)
+
+    def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
+        return gated(x, (values, metadata, columns))
+
+    generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
+    check(golden, "gated_silu", "sm_90", generated)
+    dense, exact = (
+        F.silu(F.linear(x.to(kind), weights[0].to(kind))) * F.linear(x.to(kind), weights[1].to(kind))
+        for kind in (torch.bfloat16, torch.float64)
+    )
+    expect(interpreter, generated, [x, *both], dense, exact)
+
+
+def check(golden: Any, name: str, target: str, generated: Any) -> None:
+    """The one sparse kernel among those generated is the golden one, and compiles without spills."""
+    (kernel,) = (each for each in generated.kernels if each.schedule.template)
+    golden(f"kernels/{name}.py", kernel_text(kernel.source))
+    with virtual_device(target):
+        code = compile_kernel(kernel.source, kernel.name, find_target(target))
+    assert code.spills == 0
+    # fp32 without TF32, torch's default, has no tensor core.
+    assert any(name in code.assembly for name in ("HGMMA", "HMMA", "v_mfma", "FFMA"))
