@@ -46,8 +46,8 @@ def llama_layer():
 
     config = LlamaConfig(hidden_size=1024, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2)
     layer = make_sparse_(LlamaDecoderLayer(config, 0), "64:2:8").to(torch.bfloat16).eval()
-    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16)
-    return layer, x, LlamaRotaryEmbedding(config)(x, torch.arange(64)[None])
+    x = torch.randn(1, 160, 1024, dtype=torch.bfloat16)
+    return layer, x, LlamaRotaryEmbedding(config)(x, torch.arange(160)[None])
 
 
 @pytest.mark.parametrize("target", TARGETS)
