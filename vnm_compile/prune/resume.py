@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vnm_compile.annotate import Layer
@@ -37,6 +35,8 @@ class PrunedLayers:
         Raises:
             VNMError: the layer's file is of another run, or damaged.
         """
+        from safetensors import safe_open  # compiling does not need it
+
         path = self._path(layer)
         if not path.exists():
             return None
@@ -58,6 +58,8 @@ class PrunedLayers:
 
     def save(self, layer: Layer, spec: Spec, dense: Tensor, output_error: float | None) -> None:
         """Store the layer's present weight as the pruned one of `dense`."""
+        from safetensors.torch import save_file
+
         content = {**self._description(layer, spec, dense), "output_error": output_error}
         path = self._path(layer)
         unfinished = path.with_suffix(".unfinished")

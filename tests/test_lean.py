@@ -1,0 +1,31 @@
+"""Compiling and inspecting need torch, Triton, sympy and numpy only: GPU images often have nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+for name in ("rich", "safetensors", "scipy", "matplotlib", "typer", "transformers", "peft"):
+    sys.modules[name] = None
+import torch
+import vnm_compile as vnm
+import benchmarks.gpu
+model = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
+vnm.annotate(model, "16:2:4")
+with torch.no_grad():
+    weight = model[0].weight.view(64, 16, 4)
+    weight[:, :, :2] = 0
+    compiled = torch.compile(model, backend="vnm", options={"vnm.policy": "memory"})
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(compiled(x), model(x))
+report = vnm.inspect(model, x, target="sm_90")
+assert [kernel.spills for kernel in report.sparse] == [0]
+print("compiled and inspected")
+"""
+
+
+def test_optional_packages_are_optional():
+    result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert result.stdout == "compiled and inspected\n", result.stderr
