@@ -12,13 +12,13 @@ for name in ("rich", "safetensors", "scipy", "matplotlib", "typer", "transformer
 import torch
 import vnm_compile as vnm
 import benchmarks.gpu
-model = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
+model = torch.nn.Sequential(torch.nn.Linear(256, 64)).eval()
 vnm.annotate(model, "16:2:4")
 with torch.no_grad():
-    weight = model[0].weight.view(64, 16, 4)
+    weight = model[0].weight.view(64, 64, 4)
     weight[:, :, :2] = 0
     compiled = torch.compile(model, backend="vnm", options={"vnm.policy": "memory"})
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 256)
     torch.testing.assert_close(compiled(x), model(x))
 report = vnm.inspect(model, x, target="sm_90")
 assert [kernel.spills for kernel in report.sparse] == [0]
