@@ -137,9 +137,12 @@ def _plan(
 
 def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, decisions: list[Decision]) -> Prepared:
     units = merge(decisions, inputs, options.merge)
+    for unit in units:
+        log.debug("%s: %s", unit.kind, ", ".join(member.name for member in unit.members))
     if not units:
         return Prepared(decisions, [], None, ())
     rewritten = rewrite(gm, units)
+    _artifact("vnm_graph", lambda: str(rewritten.gm.graph))
     packed: list[Packed] = [dispatch.packed_arrays(inputs, group) for group in rewritten.packed]  # type: ignore[misc]
     return Prepared(decisions, units, rewritten, tuple(array for arrays in packed for array in arrays))
 
@@ -161,8 +164,10 @@ def _faked(arrays: Sequence[Tensor]) -> list[Tensor]:
 def _report(decisions: Sequence[Decision]) -> None:
     for decision in decisions:
         log.debug("%s: %s (%s)", decision.name, decision.spec or "dense", decision.reason)
-    torch._logging.trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": "vnm_decisions", "encoding": "string"},
-        payload_fn=lambda: "\n".join(f"{d.name}\t{d.spec or 'dense'}\t{d.reason}" for d in decisions),
-    )
+    _artifact("vnm_decisions", lambda: "\n".join(f"{d.name}\t{d.spec or 'dense'}\t{d.reason}" for d in decisions))
+
+
+def _artifact(name: str, text: Callable[[], str]) -> None:
+    """Add text to the trace that TORCH_TRACE asks for, as tlparse shows it."""
+    metadata = {"name": name, "encoding": "string"}
+    torch._logging.trace_structured("artifact", metadata_fn=lambda: metadata, payload_fn=text)
