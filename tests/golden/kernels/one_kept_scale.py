@@ -1,30 +1,30 @@
 @triton.jit
 def triton_tem_fused_linear_mul_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, out_ptr1):
-    V: tl.constexpr = 64
-    N: tl.constexpr = 1
-    M: tl.constexpr = 8
-    O: tl.constexpr = 64
-    K: tl.constexpr = 256
-    G: tl.constexpr = 32
-    R: tl.constexpr = 64
-    BLOCK_O: tl.constexpr = 32
-    BLOCK_T: tl.constexpr = 32
-    BLOCK_G: tl.constexpr = 16
-    GROUP_T: tl.constexpr = 8
-    SPLITS: tl.constexpr = 1
-    SPLIT_G: tl.constexpr = 32
-    VALUES_STRIDE: tl.constexpr = 32
-    VALUES_WIDTH: tl.constexpr = 32
-    METADATA_STRIDE: tl.constexpr = 8
-    METADATA_WIDTH: tl.constexpr = 8
-    EVEN_G: tl.constexpr = True
-    TAIL: tl.constexpr = False
-    WORDS: tl.constexpr = None
-    DTYPE: tl.constexpr = tl.float32
-    COLUMN_BITS: tl.constexpr = 8
-    PERMUTE_BYTES: tl.constexpr = False
-    ALLOW_TF32: tl.constexpr = False
-    INDEX_DTYPE: tl.constexpr = tl.int32
+    V : tl.constexpr = 64
+    N : tl.constexpr = 1
+    M : tl.constexpr = 8
+    O : tl.constexpr = 64
+    K : tl.constexpr = 256
+    G : tl.constexpr = 32
+    R : tl.constexpr = 64
+    BLOCK_O : tl.constexpr = 32
+    BLOCK_T : tl.constexpr = 32
+    BLOCK_G : tl.constexpr = 16
+    GROUP_T : tl.constexpr = 8
+    SPLITS : tl.constexpr = 1
+    SPLIT_G : tl.constexpr = 32
+    VALUES_STRIDE : tl.constexpr = 32
+    VALUES_WIDTH : tl.constexpr = 32
+    METADATA_STRIDE : tl.constexpr = 8
+    METADATA_WIDTH : tl.constexpr = 8
+    EVEN_G : tl.constexpr = True
+    TAIL : tl.constexpr = False
+    WORDS : tl.constexpr = None
+    DTYPE : tl.constexpr = tl.float32
+    COLUMN_BITS : tl.constexpr = 8
+    PERMUTE_BYTES : tl.constexpr = False
+    ALLOW_TF32 : tl.constexpr = False
+    INDEX_DTYPE : tl.constexpr = tl.int32
     X = arg_X
     VALUES = arg_VALUES
     METADATA = arg_METADATA
@@ -57,6 +57,7 @@ def triton_tem_fused_linear_mul_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, 
     begin = 0
     end = G
 
+
     rows = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     tokens = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     block = tile_o * BLOCK_O // V
@@ -74,10 +75,11 @@ def triton_tem_fused_linear_mul_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, 
     idx_t = tokens[None, :]
     mask = (idx_o < O) & (idx_t < T)
 
-    xindex = idx_o + 64 * idx_t
+    xindex = idx_o + 64*idx_t
     tmp0 = tl.full([1], 0.125, tl.float32)
     tmp1 = acc * tmp0
     tl.store(out_ptr1 + (tl.broadcast_to(xindex, [BLOCK_O, BLOCK_T])), tmp1, mask)
+
 
 
 # What the sparse kernels share. Four groups of a row are a quad: one element of metadata holds its indices.
@@ -89,11 +91,9 @@ def triton_tem_fused_linear_mul_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, 
 #
 #     group 4 (q C + c) + i, kept column 2 h + l  ->  term 64 c + 16 i + 8 h + 2 q + l        C = BLOCK_G / 16
 
-
 @triton.jit
-def weight_tile(
-    values, metadata, rows, group, values_stride, metadata_stride, BLOCK_O: tl.constexpr, BLOCK_G: tl.constexpr
-):
+def weight_tile(values, metadata, rows, group, values_stride, metadata_stride,
+                BLOCK_O: tl.constexpr, BLOCK_G: tl.constexpr):
     """The kept columns of rows x BLOCK_G groups, zeros filled in: [BLOCK_O, 4 BLOCK_G], terms in fragment order."""
     quads: tl.constexpr = BLOCK_G // 4
     quad = group // 4 + tl.arange(0, quads)
@@ -111,6 +111,7 @@ def weight_tile(
     return tl.reshape(tl.permute(tile, [0, 2, 5, 4, 1, 3]), [BLOCK_O, 4 * BLOCK_G])
 
 
+
 @triton.jit
 def expand(first, code):
     """A group's 1 values at their places among four: [...] to [..., l, h]."""
@@ -125,19 +126,10 @@ def expand(first, code):
     return tl.join(tl.join(e0, e1), tl.join(e2, e3))
 
 
+
 @triton.jit
-def activation_tile(
-    x,
-    columns,
-    block,
-    group,
-    tokens,
-    stride,
-    groups: tl.constexpr,
-    in_features: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def activation_tile(x, columns, block, group, tokens, stride, groups: tl.constexpr, in_features: tl.constexpr,
+                    M: tl.constexpr, BLOCK_G: tl.constexpr):
     """The activations that BLOCK_G groups of a block of rows need: [4 BLOCK_G, tokens], terms in fragment order."""
     term = tl.arange(0, 4 * BLOCK_G)
     of_group = group + 4 * (((term >> 1) & 3) * (BLOCK_G // 16) + (term >> 6)) + ((term >> 4) & 3)

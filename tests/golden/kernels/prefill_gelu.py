@@ -1,30 +1,30 @@
 @triton.jit
 def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, in_ptr4, out_ptr1):
-    V: tl.constexpr = 128
-    N: tl.constexpr = 2
-    M: tl.constexpr = 16
-    O: tl.constexpr = 256
-    K: tl.constexpr = 512
-    G: tl.constexpr = 32
-    R: tl.constexpr = 256
-    BLOCK_O: tl.constexpr = 64
-    BLOCK_T: tl.constexpr = 32
-    BLOCK_G: tl.constexpr = 32
-    GROUP_T: tl.constexpr = 8
-    SPLITS: tl.constexpr = 1
-    SPLIT_G: tl.constexpr = 32
-    VALUES_STRIDE: tl.constexpr = 32
-    VALUES_WIDTH: tl.constexpr = 32
-    METADATA_STRIDE: tl.constexpr = 8
-    METADATA_WIDTH: tl.constexpr = 8
-    EVEN_G: tl.constexpr = True
-    TAIL: tl.constexpr = False
-    WORDS: tl.constexpr = tl.int32
-    DTYPE: tl.constexpr = tl.bfloat16
-    COLUMN_BITS: tl.constexpr = 8
-    PERMUTE_BYTES: tl.constexpr = True
-    ALLOW_TF32: tl.constexpr = False
-    INDEX_DTYPE: tl.constexpr = tl.int32
+    V : tl.constexpr = 128
+    N : tl.constexpr = 2
+    M : tl.constexpr = 16
+    O : tl.constexpr = 256
+    K : tl.constexpr = 512
+    G : tl.constexpr = 32
+    R : tl.constexpr = 256
+    BLOCK_O : tl.constexpr = 64
+    BLOCK_T : tl.constexpr = 32
+    BLOCK_G : tl.constexpr = 32
+    GROUP_T : tl.constexpr = 8
+    SPLITS : tl.constexpr = 1
+    SPLIT_G : tl.constexpr = 32
+    VALUES_STRIDE : tl.constexpr = 32
+    VALUES_WIDTH : tl.constexpr = 32
+    METADATA_STRIDE : tl.constexpr = 8
+    METADATA_WIDTH : tl.constexpr = 8
+    EVEN_G : tl.constexpr = True
+    TAIL : tl.constexpr = False
+    WORDS : tl.constexpr = tl.int32
+    DTYPE : tl.constexpr = tl.bfloat16
+    COLUMN_BITS : tl.constexpr = 8
+    PERMUTE_BYTES : tl.constexpr = True
+    ALLOW_TF32 : tl.constexpr = False
+    INDEX_DTYPE : tl.constexpr = tl.int32
     X = arg_X
     VALUES = arg_VALUES
     METADATA = arg_METADATA
@@ -57,6 +57,7 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     begin = 0
     end = G
 
+
     rows = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     tokens = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     block = tile_o * BLOCK_O // V
@@ -74,12 +75,10 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     idx_t = tokens[None, :]
     mask = (idx_o < O) & (idx_t < T)
 
-    xindex = idx_o + 256 * idx_t
+    xindex = idx_o + 256*idx_t
     tmp0 = acc.to(tl.bfloat16)
     tmp1 = tmp0.to(tl.float32)
-    tmp2 = tl.load(in_ptr4 + (tl.broadcast_to(idx_o, [BLOCK_O, BLOCK_T])), mask, eviction_policy="evict_last").to(
-        tl.float32
-    )
+    tmp2 = tl.load(in_ptr4 + (tl.broadcast_to(idx_o, [BLOCK_O, BLOCK_T])), mask, eviction_policy='evict_last').to(tl.float32)
     tmp3 = tmp1 + tmp2
     tmp4 = tmp3.to(tl.float32)
     tmp5 = tl.full([1], 0.5, tl.float32)
@@ -91,7 +90,8 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     tmp11 = tmp9 + tmp10
     tmp12 = tmp6 * tmp11
     tmp13 = tmp12.to(tl.float32)
-    tl.store(out_ptr1 + (tl.broadcast_to(idx_o + 256 * idx_t, [BLOCK_O, BLOCK_T])), tmp13, mask)
+    tl.store(out_ptr1 + (tl.broadcast_to(idx_o + 256*idx_t, [BLOCK_O, BLOCK_T])), tmp13, mask)
+
 
 
 # What the sparse kernels share. Four groups of a row are a quad: one element of metadata holds its indices.
@@ -103,11 +103,9 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
 #
 #     group 4 (q C + c) + i, kept column 2 h + l  ->  term 64 c + 16 i + 8 h + 2 q + l        C = BLOCK_G / 16
 
-
 @triton.jit
-def weight_tile(
-    values, metadata, rows, group, values_stride, metadata_stride, BLOCK_O: tl.constexpr, BLOCK_G: tl.constexpr
-):
+def weight_tile(values, metadata, rows, group, values_stride, metadata_stride,
+                BLOCK_O: tl.constexpr, BLOCK_G: tl.constexpr):
     """The kept columns of rows x BLOCK_G groups, zeros filled in: [BLOCK_O, 4 BLOCK_G], terms in fragment order."""
     quads: tl.constexpr = BLOCK_G // 4
     quad = group // 4 + tl.arange(0, quads)
@@ -122,9 +120,11 @@ def weight_tile(
 
     e0, e1, e2, e3 = expand_quad(w0, w1, w2, w3, code)
 
+
     tile = tl.join(tl.join(e0, e2), tl.join(e1, e3))  # [BLOCK_O, quads, l, h, i / 2, i % 2]
     tile = tl.reshape(tile, [BLOCK_O, 4, BLOCK_G // 16, 2, 2, 4])  # [BLOCK_O, q, c, l, h, i]
     return tl.reshape(tl.permute(tile, [0, 2, 5, 4, 1, 3]), [BLOCK_O, 4 * BLOCK_G])
+
 
 
 @triton.jit
@@ -133,6 +133,7 @@ def halves(word):
     low = word.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     high = (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.join(low, high)
+
 
 
 @triton.jit
@@ -182,19 +183,11 @@ def expand_quad(w0, w1, w2, w3, code):
     return e0, e1, e2, e3
 
 
+
+
 @triton.jit
-def activation_tile(
-    x,
-    columns,
-    block,
-    group,
-    tokens,
-    stride,
-    groups: tl.constexpr,
-    in_features: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+def activation_tile(x, columns, block, group, tokens, stride, groups: tl.constexpr, in_features: tl.constexpr,
+                    M: tl.constexpr, BLOCK_G: tl.constexpr):
     """The activations that BLOCK_G groups of a block of rows need: [4 BLOCK_G, tokens], terms in fragment order."""
     term = tl.arange(0, 4 * BLOCK_G)
     of_group = group + 4 * (((term >> 1) & 3) * (BLOCK_G // 16) + (term >> 6)) + ((term >> 4) & 3)
