@@ -7,45 +7,15 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 import vnm_compile as vnm
+from benchmarks.blocks import LlamaBlock, angles
 from benchmarks.contenders import OURS, contenders, fill_with_pattern
 from benchmarks.timing import Result, compare
 from vnm_compile.spec import Spec
 
 SPEC = Spec(64, 2, 8)
-
-
-class LlamaBlock(nn.Module):
-    """A decoder block in the shape of Llama-2 7B, with the keys and values of earlier tokens as inputs."""
-
-    def __init__(self, hidden: int = 4096, intermediate: int = 11008, heads: int = 32) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
-        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
-        self.gate, self.up = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
-        self.down = nn.Linear(intermediate, hidden, bias=False)
-
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [1, T, hidden], cosine and sine [T, head], past keys and values [1, heads, P, head]."""
-        y = self.attention_norm(x)
-        q, k, v = (each(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        y = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding of x [1, heads, T, head]."""
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat([-second, first], -1) * sine
 
 
 def minilm() -> tuple[nn.Module, tuple[Any, ...]]:
@@ -74,10 +44,10 @@ def llama(tokens: int, past: int, dtype: torch.dtype) -> tuple[nn.Module, tuple[
     model = model.to(dtype).to_empty(device="cpu").eval()
     for norm in (model.attention_norm, model.mlp_norm):
         nn.init.ones_(norm.weight)
-    angles = torch.arange(past, past + tokens).outer(10000 ** -(torch.arange(0, 128, 2) / 128)).repeat(1, 2)
+    turn = angles(tokens, past)
     earlier = tuple(torch.randn(1, 32, past, 128).to(dtype) for _ in range(2)) if past else None
     x = torch.randn(1, tokens, 4096).to(dtype)
-    return fill_with_pattern(model, SPEC), (x, angles.cos().to(dtype), angles.sin().to(dtype), earlier)
+    return fill_with_pattern(model, SPEC), (x, turn.cos().to(dtype), turn.sin().to(dtype), earlier)
 
 
 MODELS: dict[str, tuple[float | None, Callable[[], tuple[nn.Module, tuple[Any, ...]]]]] = {

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 import vnm_compile  # noqa: F401  (registers the ops)
-from benchmarks import gpu_cases
+from benchmarks import gpu_cases, gpu_models
 from benchmarks.gpu_cases import LARGE, LEAST_SMALL, TARGETS, TOKENS, Case
+from vnm_compile.backend import vnm  # the package need not be installed
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("correctness", "layers", "small")
+SECTIONS = ("correctness", "models", "layers", "small")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def check(device: torch.device) -> Iterator[tuple[str, ...]]:
         torch._dynamo.reset()
         (layer,) = linears(case, device, 1)
         x = torch.randn(case.tokens, case.in_features, device=device).to(case.dtype)
-        compiled = torch.compile(layer, backend="vnm", options={"vnm.policy": "memory"})
+        compiled = torch.compile(layer, backend=vnm, options={"vnm.policy": "memory"})
         with torch.no_grad():
             exact = x.double() @ layer.weight.double().T
             ours, dense = ((y.double() - exact).norm() / exact.norm() for y in (compiled(x), layer(x)))
@@ -242,6 +243,11 @@ def run(sections: list[str], out: Path, budget: float) -> int:
         for line in check(device):
             checked.append(line)
             wrong |= bool(line[-1])
+    models: list[tuple[str, ...]] = []
+    if "models" in sections:
+        for line in gpu_models.run(device):
+            models.append(line)
+            wrong |= bool(line[-1])
     rows: list[Row] = []
     cases = [case for name in ("layers", "small") if name in sections for case in getattr(gpu_cases, name)()]
     for case in cases:
@@ -257,12 +263,14 @@ def run(sections: list[str], out: Path, budget: float) -> int:
         "bandwidth": bandwidth,
         "flops": flops,
     }
-    saved = {"machine": machine, "correctness": checked, "rows": [asdict(row) for row in rows]}
+    saved = {"machine": machine, "correctness": checked, "models": models, "rows": [asdict(row) for row in rows]}
     (out / "gpu.json").write_text(json.dumps(saved, indent=1) + "\n")
     if rows:
         plot(rows, out / "gpu_layers.png")
     if checked:
         print(table(("case", "pattern", "T", "dtype", "error", "dense error", ""), checked))
+    if models:
+        print(table(gpu_models.HEADINGS, models))
     if rows:
         print(table(HEADINGS, (row.cells for row in rows)))
         print(summary(rows))

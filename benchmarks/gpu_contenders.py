@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_cases import Case
+from vnm_compile.backend import vnm
 from vnm_compile.codegen.measure import random_packed
 from vnm_compile.format import unpack
 from vnm_compile.problem import Problem
@@ -44,7 +45,7 @@ def contenders(case: Case, layers: Sequence[nn.Linear], x: Tensor) -> dict[str, 
         return layer(x)
 
     dense = torch.compile(apply)
-    ours = torch.compile(apply_sparse, backend="vnm", options={"vnm.policy": "memory"})
+    ours = torch.compile(apply_sparse, backend=vnm, options={"vnm.policy": "memory"})
     calls = {
         "cuBLAS": [partial(torch.nn.functional.linear, x, layer.weight) for layer in layers],
         "compile": [partial(dense, layer, x) for layer in layers],

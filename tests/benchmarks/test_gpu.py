@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases
+from benchmarks import gpu, gpu_cases, gpu_models
+from benchmarks.blocks import EncoderBlock, LlamaBlock
 from benchmarks.gpu_cases import LARGE, TARGETS, TOKENS, Case
 from vnm_compile.spec import Spec
 
@@ -62,6 +65,22 @@ def test_the_cases_cover_the_targets():
             found = {case.name for case in cases if case.spec.m == m and case.tokens == tokens}
             assert len(found) == len(LARGE)
     assert {case.dtype for case in gpu_cases.correctness()} == {torch.bfloat16, torch.float16, torch.float32}
+
+
+@pytest.mark.parametrize("way", gpu_models.WAYS)
+def test_blocks_are_right_in_every_way(way):
+    small = [
+        gpu_models.Block(
+            "encoder", "16:2:8", (5,), partial(EncoderBlock, 64, 128, 2), partial(gpu_models._sequence, 64, 2)
+        ),
+        gpu_models.Block(
+            "decoder", "16:2:8", (5,), partial(LlamaBlock, 256, 384, 2), partial(gpu_models._rotated, 256)
+        ),
+    ]
+    for block in small:
+        model = gpu_models.build(block, torch.float32, torch.device("cpu"))
+        ours, dense = gpu_models.errors(block, model, 5, way)
+        assert ours <= 1.5 * dense
 
 
 def test_unknown_section_and_no_gpu(capsys):

@@ -21,6 +21,9 @@ from vnm_compile.format import unpack
 from vnm_compile.inspection.machine_code import compile_kernel
 from vnm_compile.spec import Spec
 
+GOLDEN_TORCH = "2.13."
+"""The version whose Inductor wrote the epilogues of the golden kernels; with others they are only compiled and run."""
+
 
 class Golden(NamedTuple):
     name: str
@@ -107,7 +110,8 @@ def test_gated(golden, interpreter):
 def check(golden: Any, name: str, target: str, generated: Any) -> None:
     """The one sparse kernel among those generated is the golden one, and compiles without spills."""
     (kernel,) = (each for each in generated.kernels if each.schedule.template)
-    golden(f"kernels/{name}.py", kernel_text(kernel.source))
+    if torch.__version__.startswith(GOLDEN_TORCH):
+        golden(f"kernels/{name}.py", kernel_text(kernel.source))
     with virtual_device(target):
         code = compile_kernel(kernel.source, kernel.name, find_target(target))
     assert code.spills == 0
