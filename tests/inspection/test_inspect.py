@@ -106,6 +106,23 @@ def test_a_llama_layer():
     assert report.kernels[position + 1] is report.sparse[3]
 
 
+def test_what_was_inspected_before_makes_no_difference():
+    model = feed_forward()
+    sources = []
+    for tokens in (32, 48, 32):
+        report = vnm.inspect(model, torch.randn(tokens, 512, dtype=torch.bfloat16), target="sm_90")
+        sources.append(report.sparse[0].source)
+    assert "T = 48" in sources[1]
+    assert sources[0] == sources[2]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_for_any_number_of_tokens_do_not_spill(target):
+    layer = make_sparse_(nn.Linear(1024, 512), "64:2:8").to(torch.bfloat16).eval()
+    report = vnm.inspect(layer, torch.randn(300, 1024, dtype=torch.bfloat16), target=target, dynamic=True)
+    assert [kernel.spills for kernel in report.sparse] == [0]
+
+
 def test_symbolic_tokens():
     model = feed_forward()
     report = vnm.inspect(model, torch.randn(48, 512, dtype=torch.bfloat16), target="sm_80", dynamic=True)

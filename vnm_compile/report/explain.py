@@ -80,7 +80,9 @@ def trace(
     # Dynamo caches by code object: with one of our own, neither does an earlier compilation answer for this one, nor
     # does this one count against the recompile limit of the model.
     call = FunctionType(_call.__code__.replace(), globals())
-    with torch.no_grad():
+    # What was traced before with other sizes, here or elsewhere, must not make these dynamic: the answer would depend
+    # on what was asked before.
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
 
 

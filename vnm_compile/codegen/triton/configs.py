@@ -22,8 +22,9 @@ DECODE_TOKENS = 32
 _SPLIT_TOKENS = 128
 """Up to this many tokens K may be split; beyond, partial results are more to write and read than is won."""
 
-_REGISTERS = {"cuda": 178, "hip": 100}
-"""How many of a thread's (at most 255) registers the estimate may fill; with more, real kernels were seen to spill."""
+_REGISTERS = {("cuda", 32): 178, ("hip", 64): 100, ("hip", 32): 78}
+"""How many of a thread's (at most 256) registers the estimate may fill; with more, real kernels were seen to spill. By
+backend and threads of a warp: AMD's RDNA has 32."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
         and rows_of_warps <= 2 * config.warps
         # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
         and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * target.warp_size * config.warps
-        and config.registers(shape, target.warp_size) <= _REGISTERS[target.backend]
+        and config.registers(shape, target.warp_size) <= _REGISTERS[target.backend, target.warp_size]
         and config.registers(shape, target.warp_size) * target.warp_size * config.warps <= target.registers
         and config.shared_bytes(shape) <= target.shared_bytes
     )
