@@ -3,6 +3,7 @@ joins it."""
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,13 @@ ACTIVATIONS = {
 @cache
 def _source(name: str) -> str:
     return (_FOLDER / name).read_text()
+
+
+@cache
+def _arithmetic() -> str:
+    """The kernels' headers as one text."""
+    text = "".join(map(_source, ("sparse_rows.h", "many_tokens.h", "few_tokens_bf16.h", "few_tokens.h")))
+    return re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
 
 
 class SparseLinearTemplate(CppTemplate):
@@ -93,7 +101,7 @@ class SparseLinearTemplate(CppTemplate):
             return self._template_from_string(_source("linear.cpp.jinja")).render(
                 template=self,
                 kernel=kernel,
-                arithmetic=_source("sparse_rows.h").replace("#pragma once\n", ""),
+                arithmetic=_arithmetic(),
                 export_declaration=export_declaration(),
                 X=x,
                 values=values,

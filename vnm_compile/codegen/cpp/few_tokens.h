@@ -1,0 +1,159 @@
+// rows_times_few_tokens: groups in the vector lanes.
+#pragma once
+#include "few_tokens_bf16.h"
+#include "sparse_rows.h"
+
+namespace vnm {
+
+// Tokens up to which a permute a token and step is cheaper than a broadcast, an address and a load a value.
+template <typename S, int N>
+constexpr int64_t few_tokens() {
+#if defined(VNM_BF16_PAIRS)
+  if constexpr (N == 2 && std::is_same_v<S, at::BFloat16>) return 16;
+#endif
+#if defined(CPU_CAPABILITY_AVX512)
+  return 12;
+#else
+  return 4;
+#endif
+}
+
+// The 4 kept activations of each group, side by side; 0 for columns past the last one. `kept` [groups * 4].
+template <typename S, typename C>
+inline void gather_kept(
+    const S* x, const C* columns, int64_t groups, int64_t m, int64_t in_features, float* kept) {
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t c = 0; c < 4; ++c) {
+      const int64_t column = g * m + columns[g * 4 + c];
+      kept[g * 4 + c] = column < in_features ? static_cast<float>(x[column]) : 0.f;
+    }
+  }
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+// sums[t][r] of R rows and T tokens, in U sums each. `kept` [T][ldk], zero from groups * 4 up to a multiple of 64.
+template <typename S, int N, int T, int R, int U>
+inline void rows_times_few_tokens(
+    const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
+    float* sums, int64_t lds) {
+  __m512 sum[R][U][T];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) sum[r][u][t] = _mm512_setzero_ps();
+  // One step of all rows; `value` counts values from the start of a row, `bytes` those of metadata to read.
+  const auto step = [&](int64_t value, size_t bytes, __mmask16 mask, int u) __attribute__((always_inline)) {
+    __m512i index[R];
+    __m512 weight[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      uint32_t codes = 0;
+      std::memcpy(&codes, metadata + r * ldm + value / 4, bytes);
+      index[r] = step_index<N>(codes);
+      weight[r] = load_values(values + r * ldv + value, mask);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const float* table = kept + t * ldk + value / N * 4;
+      const __m512 t0 = _mm512_loadu_ps(table), t1 = _mm512_loadu_ps(table + 16);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        __m512 picked = _mm512_permutex2var_ps(t0, index[r], t1);
+        if constexpr (N == 1) {
+          const __m512 t2 = _mm512_loadu_ps(table + 32), t3 = _mm512_loadu_ps(table + 48);
+          picked = _mm512_mask_mov_ps(picked, 0xFF00, _mm512_permutex2var_ps(t2, index[r], t3));
+        }
+        sum[r][u][t] = _mm512_fmadd_ps(weight[r], picked, sum[r][u][t]);
+      }
+    }
+  };
+  const int64_t count = groups * N, whole = count / kStep * kStep;
+  int64_t value = 0;
+  for (; value + U * kStep <= whole; value += U * kStep) {
+    prefetch_rows<R, U>(values + value, ldv, metadata + value / 4, ldm);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) step(value + u * kStep, 4, 0xFFFF, u);
+  }
+  for (; value < whole; value += kStep) step(value, 4, 0xFFFF, 0);
+  if (whole < count) step(whole, (count - whole + 3) / 4, static_cast<__mmask16>((1u << (count - whole)) - 1), 0);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) sum[r][0][t] = _mm512_add_ps(sum[r][0][t], sum[r][u][t]);
+      sums[t * lds + r] = _mm512_reduce_add_ps(sum[r][0][t]);
+    }
+}
+
+#else
+
+template <typename S, int N, int T, int R, int U>
+inline void rows_times_few_tokens(
+    const float* kept, int64_t ldk, const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t groups,
+    float* sums, int64_t lds) {
+  for (int r = 0; r < R; ++r) {
+    // As many sums a token as a vector has lanes: a single one would wait for itself at every value, and round worse.
+    float sum[T][kStep] = {};
+    for (int64_t value = 0; value < groups * N; ++value) {
+      const uint32_t code = (metadata[r * ldm + value / 4] >> (2 * (value % 4))) & 3;
+      const float w = static_cast<float>(values[r * ldv + value]);
+      for (int t = 0; t < T; ++t) sum[t][value % kStep] += w * kept[t * ldk + (value / N) * 4 + code];
+    }
+    for (int t = 0; t < T; ++t) {
+      for (int64_t half = kStep / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) sum[t][i] += sum[t][i + half];
+      sums[t * lds + r] = sum[t][0];
+    }
+  }
+}
+
+#endif
+
+// Floats of scratch that the kept activations of one token take.
+constexpr int64_t kept_size(int64_t groups) { return (groups * 4 + 63) / 64 * 64; }
+
+// tile [tokens][ldt] = x @ rows.T for `rows` rows of one block and a few tokens; x [tokens][ldx]. `scratch`
+// [tokens][kept_size] starts as zeros.
+template <typename S, int N, typename C>
+inline void block_times_few_tokens(
+    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, float* scratch, const S* values, int64_t ldv,
+    const uint8_t* metadata, int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
+  // The next block begins with its columns, and would wait for them.
+  for (int64_t i = 0; i < groups * 4; i += 64 / static_cast<int64_t>(sizeof(C)))
+    __builtin_prefetch(columns + groups * 4 + i, 0, 2);
+#if defined(VNM_BF16_PAIRS)
+  if constexpr (N == 2 && std::is_same_v<S, at::BFloat16>) {
+    auto* words = reinterpret_cast<uint16_t*>(scratch);
+    const int64_t ldw = kept_words(groups);
+    gather_words(x, ldx, tokens, columns, groups, m, in_features, words, ldw);
+    return block_times_few_words(words, ldw, values, ldv, metadata, ldm, groups, rows, tokens, tile, ldt);
+  }
+#endif
+  const int64_t ldk = kept_size(groups);
+  for (int64_t t = 0; t < tokens; ++t)
+    gather_kept(x + t * ldx, columns, groups, m, in_features, scratch + t * ldk);
+  // Four tokens at a time; so few rows that they stay in the L1 cache from one pass to the next.
+  constexpr int64_t kRows = 4;
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t stop = std::min(rows, first + kRows);
+    for (int64_t t = 0; t < tokens; t += 4) {
+      const auto pass = [&](auto count, auto together, auto steps) {
+        constexpr int T = decltype(count)::value, R = decltype(together)::value, U = decltype(steps)::value;
+        int64_t r = first;
+        for (; r + R <= stop; r += R)
+          rows_times_few_tokens<S, N, T, R, U>(
+              scratch + t * ldk, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + t * ldt + r, ldt);
+        for (; r < stop; ++r)
+          rows_times_few_tokens<S, N, T, 1, U>(
+              scratch + t * ldk, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + t * ldt + r, ldt);
+      };
+      for_few_tokens(tokens - t, pass);
+    }
+  }
+}
+
+}  // namespace vnm

@@ -1,0 +1,148 @@
+// rows_times_few_words: as rows_times_few_tokens, for bf16 and N = 2, on vectors of bf16 pairs.
+//
+//    values    | v0 v1 | v2 v3 | ...          32 of 16 groups, as stored
+//    kept      | k0 k1 k2 k3 | ...            of 16 groups: 64 words, two registers
+//    picked    | k[i0] k[i1] | ...            one permute of words; then one vdpbf16ps, a group a lane
+#pragma once
+#include "sparse_rows.h"
+
+namespace vnm {
+
+#if defined(VNM_BF16_PAIRS)
+
+constexpr int64_t kWordGroups = 16;
+
+// Words from one token's kept activations to the next. Not a multiple of 4 KB: tables of several tokens, which are read
+// side by side, would fall into the same few places of the L1 cache.
+inline int64_t kept_words(int64_t groups) { return (groups * 4 + 63) / 64 * 64 + 32; }
+
+// The kept activations of each group, side by side, for every token: `kept` [tokens][ldk], 0 for columns past the last one.
+template <typename C>
+inline void gather_words(
+    const at::BFloat16* x, int64_t ldx, int64_t tokens, const C* columns, int64_t groups, int64_t m, int64_t in_features,
+    uint16_t* kept, int64_t ldk) {
+  if constexpr (sizeof(C) == 1) {
+    // Where up to 8 groups are no wider than two registers, one permute picks all that they keep.
+    const int64_t together = std::min<int64_t>(8, 64 / m);
+    if (together > 0) {
+      alignas(64) uint16_t starts[32];
+      for (int64_t i = 0; i < 32; ++i) starts[i] = static_cast<uint16_t>(i / 4 * m);
+      const __m512i start = _mm512_load_si512(starts);
+      for (int64_t g = 0; g < groups; g += together) {
+        const int64_t count = std::min(together, groups - g), width = std::min<int64_t>(64, in_features - g * m);
+        const auto low = static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(width, 32)) - 1);
+        const auto high = static_cast<__mmask32>((uint64_t{1} << std::max<int64_t>(width - 32, 0)) - 1);
+        const auto out = static_cast<__mmask32>((uint64_t{1} << (4 * count)) - 1);
+        const __m512i index =
+            _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(out, columns + g * 4)), start);
+        for (int64_t t = 0; t < tokens; ++t) {
+          const at::BFloat16* from = x + t * ldx + g * m;
+          const __m512i first = _mm512_maskz_loadu_epi16(low, from), second = _mm512_maskz_loadu_epi16(high, from + 32);
+          _mm512_mask_storeu_epi16(kept + t * ldk + g * 4, out, _mm512_permutex2var_epi16(first, index, second));
+        }
+      }
+      return;
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t i = 0; i < groups * 4; ++i) {
+      const int64_t column = i / 4 * m + columns[i];
+      kept[t * ldk + i] = column < in_features ? x[t * ldx + column].x : 0;
+    }
+  }
+}
+
+// For each of 32 values the place of its column among the 64 kept ones of its 16 groups, from 8 bytes of metadata.
+inline __m512i word_index(uint64_t codes) {
+  alignas(64) static constexpr uint16_t kByte[32] = {
+      0x8000, 0x8000, 0x8000, 0x8000, 0x8001, 0x8001, 0x8001, 0x8001, 0x8002, 0x8002, 0x8002,
+      0x8002, 0x8003, 0x8003, 0x8003, 0x8003, 0x8004, 0x8004, 0x8004, 0x8004, 0x8005, 0x8005,
+      0x8005, 0x8005, 0x8006, 0x8006, 0x8006, 0x8006, 0x8007, 0x8007, 0x8007, 0x8007};
+  alignas(64) static constexpr uint16_t kShift[32] = {0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6,
+                                                      0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6, 0, 2, 4, 6};
+  alignas(64) static constexpr uint16_t kGroup[32] = {0,  0,  4,  4,  8,  8,  12, 12, 16, 16, 20, 20, 24, 24, 28, 28,
+                                                      32, 32, 36, 36, 40, 40, 44, 44, 48, 48, 52, 52, 56, 56, 60, 60};
+  const __m512i bytes =
+      _mm512_shuffle_epi8(_mm512_set1_epi64(static_cast<int64_t>(codes)), _mm512_load_si512(kByte));
+  const __m512i spread = _mm512_srlv_epi16(bytes, _mm512_load_si512(kShift));
+  return _mm512_ternarylogic_epi32(spread, _mm512_set1_epi16(3), _mm512_load_si512(kGroup), 0xEA);  // (s & 3) | group
+}
+
+// sums[t][r] of R rows and T tokens, in U sums each.
+template <int T, int R, int U>
+inline void rows_times_few_words(
+    const uint16_t* kept, int64_t ldk, const at::BFloat16* values, int64_t ldv, const uint8_t* metadata, int64_t ldm,
+    int64_t groups, float* sums, int64_t lds) {
+  __m512 sum[R][U][T];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) sum[r][u][t] = _mm512_setzero_ps();
+  const auto step = [&](int64_t g, size_t bytes, __mmask32 real, int u) __attribute__((always_inline)) {
+    __m512i index[R], weight[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      uint64_t codes = 0;
+      std::memcpy(&codes, metadata + r * ldm + g / 2, bytes);
+      index[r] = word_index(codes);
+      const at::BFloat16* from = values + r * ldv + g * 2;
+      weight[r] = real == 0xFFFFFFFF ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(real, from);
+      asm("" : "+v"(weight[r]));  // loaded once: the compiler would rather load again at every use
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+      const uint16_t* table = kept + t * ldk + g * 4;
+      __m512i first = _mm512_loadu_si512(table), second = _mm512_loadu_si512(table + 32);
+      if constexpr (R > 1) asm("" : "+v"(second));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m512i picked = _mm512_permutex2var_epi16(first, index[r], second);
+        sum[r][u][t] = _mm512_dpbf16_ps(sum[r][u][t], (__m512bh)weight[r], (__m512bh)picked);
+      }
+    }
+  };
+  const int64_t whole = groups / kWordGroups * kWordGroups, left = groups - whole;
+  int64_t g = 0;
+  for (; g + U * kWordGroups <= whole; g += U * kWordGroups) {
+    prefetch_rows<R, U>(values + g * 2, ldv, metadata + g / 2, ldm);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) step(g + u * kWordGroups, 8, 0xFFFFFFFF, u);
+  }
+  for (; g < whole; g += kWordGroups) step(g, 8, 0xFFFFFFFF, 0);
+  if (left > 0) step(whole, (left + 1) / 2, static_cast<__mmask32>((uint64_t{1} << (2 * left)) - 1), 0);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) sum[r][0][t] = _mm512_add_ps(sum[r][0][t], sum[r][u][t]);
+      sums[t * lds + r] = _mm512_reduce_add_ps(sum[r][0][t]);
+    }
+}
+
+// tile [tokens][ldt] = x @ rows.T for `rows` rows of one block and a few tokens. Four tokens pass over all rows before the
+// next four do: their tables stay in the L1 cache, and the rows in the L2.
+inline void block_times_few_words(
+    const uint16_t* kept, int64_t ldk, const at::BFloat16* values, int64_t ldv, const uint8_t* metadata, int64_t ldm,
+    int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
+  for (int64_t t = 0; t < tokens; t += 4) {
+    const uint16_t* table = kept + t * ldk;
+    const auto pass = [&](auto count, auto together, auto steps) {
+      constexpr int T = decltype(count)::value, R = decltype(together)::value, U = decltype(steps)::value;
+      int64_t r = 0;
+      for (; r + R <= rows; r += R)
+        rows_times_few_words<T, R, U>(
+            table, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + t * ldt + r, ldt);
+      for (; r < rows; ++r)
+        rows_times_few_words<T, 1, U>(
+            table, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + t * ldt + r, ldt);
+    };
+    for_few_tokens(tokens - t, pass);
+  }
+}
+
+#endif
+
+}  // namespace vnm
