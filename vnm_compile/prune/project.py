@@ -68,8 +68,8 @@ def choose_columns(blocks: Tensor, spec: Spec) -> Tensor:
 
 
 def column_value(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
-    """The score that blocks `[..., V, M]` keep with `columns` `[..., 4]`: the n largest of the four, over all rows."""
-    index = columns.unsqueeze(-2).expand(*blocks.shape[:-1], KEPT_COLUMNS)
+    """The score that blocks `[..., V, M]` keep with `columns` `[..., c]`: the n largest of them, over all rows."""
+    index = columns.unsqueeze(-2).expand(*blocks.shape[:-1], columns.shape[-1])
     return blocks.gather(-1, index).topk(n, dim=-1).values.sum((-1, -2))
 
 
@@ -101,13 +101,13 @@ def _greedy_with_swaps(blocks: Tensor, n: int) -> Tensor:
     """Grow the set column by column, then exchange single columns while that improves it: `[X, V, M]` to `[X, 4]`."""
     columns = blocks.new_zeros(blocks.shape[0], 0, dtype=torch.int64)
     for _ in range(KEPT_COLUMNS):
-        columns = torch.cat([columns, _value_with_each(blocks, columns, n).argmax(1, keepdim=True)], 1)
+        columns = torch.cat([columns, value_with_each(blocks, columns, n).argmax(1, keepdim=True)], 1)
     best = column_value(blocks, columns, n)
     for _ in range(_MOST_SWEEPS):
         improved = False
         for position in range(KEPT_COLUMNS):
             others = torch.cat([columns[:, :position], columns[:, position + 1 :]], 1)
-            values, candidate = _value_with_each(blocks, others, n).max(1)
+            values, candidate = value_with_each(blocks, others, n).max(1)
             better = values > best * (1 + 1e-6)
             columns[:, position] = torch.where(better, candidate, columns[:, position])
             best = torch.where(better, values, best)
@@ -117,7 +117,7 @@ def _greedy_with_swaps(blocks: Tensor, n: int) -> Tensor:
     return columns.sort(1).values
 
 
-def _value_with_each(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
+def value_with_each(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
     """The score kept with `columns` `[X, c]` and one more, for every one more: `[X, M]`; -inf for those in the set."""
     index = columns.unsqueeze(1).expand(*blocks.shape[:2], columns.shape[1])
     largest = blocks.gather(2, index).sort(dim=2, descending=True).values[..., :n]
