@@ -22,6 +22,8 @@ FORBIDDEN = {
     "passes": ["vnm_compile.codegen", "vnm_compile.backend", "vnm_compile.report"],
     "codegen": ["vnm_compile.passes", "vnm_compile.backend", "vnm_compile.report", "vnm_compile.prune"],
     "prune": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend", "vnm_compile.report"],
+    "selection": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend"],
+    "cli": ["vnm_compile.passes", "vnm_compile.codegen"],
 }
 
 

@@ -11,8 +11,10 @@ from vnm_compile.backend import refresh
 from vnm_compile.convert import compress_model, decompress_model
 from vnm_compile.errors import VNMError
 from vnm_compile.format import detect, matches
+from vnm_compile.inspection import inspect
 from vnm_compile.prune import sparsify
 from vnm_compile.report import explain
+from vnm_compile.selection import select_spec
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 
@@ -28,7 +30,9 @@ __all__ = [
     "decompress_model",
     "detect",
     "explain",
+    "inspect",
     "matches",
     "refresh",
+    "select_spec",
     "sparsify",
 ]

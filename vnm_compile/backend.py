@@ -76,10 +76,23 @@ class Prepared:
     arrays: tuple[Tensor, ...]
 
 
-def prepare(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Prepared:
-    """Run the passes on a Dynamo graph: what the backend does short of compiling it."""
+def prepare(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, names: Mapping[int, str] | None = None
+) -> Prepared:
+    """Run the passes on a Dynamo graph: what the backend does short of compiling it.
+
+    `names` are those of layers by the id of their weight, where more is known than the graph tells.
+    """
     sites = find_linears(gm.graph, inputs)
-    return _rewrite(gm, inputs, options, _plan(sites, inputs, options))
+    return _rewrite(gm, inputs, options, _plan(sites, inputs, options, names))
+
+
+def compile_prepared(
+    gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared, patches: Mapping[str, Any], options: Options
+) -> Callable[..., Any]:
+    """Compile a graph that has been through the passes, for these inputs only (no dispatcher watches the weights)."""
+    graph = prepared.rewritten.gm if prepared.rewritten else _plain_copy(gm)
+    return compile_graph(graph, [*inputs, *_faked(prepared.arrays)], dict(patches), options.key)
 
 
 def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
@@ -116,8 +129,10 @@ def refresh(model: nn.Module) -> None:
     dispatch.forget([layer.module.weight for layer in linear_layers(model)])  # type: ignore[misc]
 
 
-def _plan(sites: Sequence[Site], inputs: Sequence[Any], options: Options) -> list[Decision]:
-    return plan(sites, inputs, options, annotations_by_weight(), measure)
+def _plan(
+    sites: Sequence[Site], inputs: Sequence[Any], options: Options, names: Mapping[int, str] | None = None
+) -> list[Decision]:
+    return plan(sites, inputs, options, annotations_by_weight(), measure, names)
 
 
 def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, decisions: list[Decision]) -> Prepared:

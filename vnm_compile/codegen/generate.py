@@ -22,6 +22,7 @@ _WITHOUT_DEVICE = {
     "fx_graph_cache": False,
     "compile_threads": 1,
     "shape_padding": False,
+    "joint_graph_constant_folding": False,  # it computes on the device
     "benchmark_epilogue_fusion": False,
     "triton.cudagraphs": False,
 }

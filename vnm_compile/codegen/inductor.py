@@ -34,21 +34,31 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.select_algorithm import autotune_select_algorithm, get_algorithm_selector_cache
+from torch._inductor.select_algorithm import (
+    TritonTemplate,
+    autotune_select_algorithm,
+    get_algorithm_selector_cache,
+)
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as inner_ops
+from torch.utils._ordered_set import OrderedSet
+from torch.utils._sympy.functions import FloorDiv
 
 from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered below)
 
 __all__ = [
     "CppTemplate",
     "CppTemplateKernel",
+    "TritonTemplate",
     "V",
+    "apply",
     "cache_dir",
     "choose",
+    "choose_fastest",
     "compile_graph",
     "contiguous_matrix",
+    "copy_strided",
     "cpu_threads",
     "device_patches",
     "export_declaration",
@@ -56,13 +66,18 @@ __all__ = [
     "forget_device_answers",
     "has_lowering",
     "ir",
+    "layout_of",
     "local_buffer",
     "matrix_layout",
     "mode_options",
+    "realized",
     "reshape",
+    "round_up",
+    "size_hint",
     "source_hash",
     "store_copy",
     "template_name",
+    "tunes_exhaustively",
     "view_epilogue_in_2d",
     "watch_codegen",
 ]
@@ -145,7 +160,7 @@ def _register(op: torch._ops.OpOverload, name: str) -> None:
         return lowering.fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
 
 
-_LOWERINGS = {"cpu": "vnm_compile.codegen.cpp.lowering"}
+_LOWERINGS = {"cpu": "vnm_compile.codegen.cpp.lowering", "cuda": "vnm_compile.codegen.triton.lowering"}
 """The module with the lowerings of a device type."""
 
 
@@ -209,8 +224,69 @@ def choose(template: Any, inputs: list[Any], layout: Any) -> Any:
     error = template.maybe_append_choice(choices)
     if error is not None:
         raise error
-    result = autotune_select_algorithm(template.name, choices, inputs, layout)
+    return choose_fastest(template.name, choices, inputs, layout)
+
+
+def choose_fastest(
+    name: str,
+    choices: list[Any],
+    inputs: list[Any],
+    layout: Any,
+    make_inputs: dict[int, Callable[[Any], Any]] | None = None,
+) -> Any:
+    """The node of whichever choice Inductor measures to be fastest, on random inputs or what `make_inputs` makes."""
+    # What computes the inputs may not have a buffer yet; it is no part of this kernel all the same.
+    with patch.object(ir.IRNode, "_current_origins", OrderedSet([V.graph.current_node])):
+        result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make_inputs)
     return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.13 on
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number; of a symbolic one the value it was traced with, without a guard."""
+    if isinstance(size, int | sympy.Integer):
+        return int(size)
+    return int(V.graph.sizevars.optimization_hint(size))
+
+
+def round_up(size: Any, step: int) -> Any:
+    """The next multiple of `step`, in integers also where the size is symbolic."""
+    return FloorDiv(size + step - 1, step) * step
+
+
+def layout_of(like: Any, size: Sequence[Any], dtype: torch.dtype | None = None) -> Any:
+    """A contiguous layout on the device of `like`."""
+    return ir.FixedLayout(like.get_device(), dtype or like.get_dtype(), list(size))
+
+
+def copy_strided(node: Any, stride: Sequence[Any], allocated: Sequence[Any]) -> Any:
+    """A copy of a matrix with given strides, in memory for a matrix of the size `allocated`.
+
+    It is an ordinary pointwise kernel, so Inductor fuses it with what computes the matrix where it can.
+    """
+    layout = ir.FixedLayout(node.get_device(), node.get_dtype(), node.get_size(), list(stride))
+    data = ir.Pointwise(
+        device=node.get_device(), dtype=node.get_dtype(), inner_fn=node.make_loader(), ranges=node.get_size()
+    )
+    buffer = ir.ComputedBuffer(name=None, layout=layout, data=data)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+    V.graph.buffer_to_padded_size[buffer.name] = list(allocated)
+    return ir.TensorBox(ir.StorageBox(buffer))
+
+
+def realized(node: Any) -> Any:
+    """The node with a buffer of its own, in the layout that it happens to have."""
+    return ir.ExternKernel.realize_input(node)
+
+
+def tunes_exhaustively() -> bool:
+    """Whether the user asked for the slow search (mode="max-autotune")."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+
+
+def apply(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Lower an aten op: what a lowering makes of its own results (sums, casts, activations) and Inductor fuses."""
+    return lowering.lowerings[op](*args, **kwargs)
 
 
 # What C++ templates are written with.

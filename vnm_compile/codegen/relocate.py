@@ -86,12 +86,17 @@ def _moved(arg: Any, device: torch.device, name: str) -> Any:
     return name if isinstance(arg, str) and arg in _DEVICE_NAMES else arg
 
 
+def _is_number(value: Tensor) -> bool:
+    """Whether it is a Python float that Dynamo passes as a tensor; such stay on the CPU."""
+    return value.dim() == 0 and value.dtype == torch.float64 and value.device.type == "cpu"
+
+
 def _is_fake(value: Any) -> bool:
     return isinstance(value, torch._subclasses.FakeTensor)
 
 
 def _fake(value: Any, mode: FakeTensorMode, device: torch.device | str, dynamic: tuple[int, ...]) -> Any:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or _is_number(value):
         return value
     if is_traceable_wrapper_subclass(value):  # a VNMTensor; the rewritten graph takes its arrays instead
         value = torch.empty(value.shape, dtype=value.dtype, device="meta")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from vnm_compile.codegen.inductor import V, template_name
+from vnm_compile.codegen.inductor import V, ir, template_name
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 _LINEAR, _GATED = torch.ops.vnm.linear.default, torch.ops.vnm.gated_linear.default
@@ -135,7 +135,8 @@ def _is_view(target: Any) -> bool:
 
 def _accesses(nodes: Sequence[Any], activations: set[fx.Node]) -> tuple[tuple[Access, ...], tuple[Access, ...]]:
     """Buffers that a kernel reads from and writes to memory: not those that live and die inside it."""
-    written = {dep.name for node in nodes for dep in node.read_writes.writes}
+    written = {dep.name for node in nodes for dep in node.read_writes.writes if _has_memory(dep)}
+    written |= {name for node in nodes for name in _unpacked(node)}
     read: dict[str, int] = {}
     for node in nodes:
         for dep in node.read_writes.reads:
@@ -153,7 +154,21 @@ def _accesses(nodes: Sequence[Any], activations: set[fx.Node]) -> tuple[tuple[Ac
 
 
 def _has_memory(dep: Any) -> bool:
-    return type(dep).__name__ != "WeakDep" and dep.name in {*V.graph.name_to_buffer, *V.graph.graph_inputs}
+    if type(dep).__name__ == "WeakDep" or dep.name not in {*V.graph.name_to_buffer, *V.graph.graph_inputs}:
+        return False
+    return not _is_tuple(V.graph.name_to_buffer.get(dep.name))
+
+
+def _is_tuple(buffer: Any) -> bool:
+    """Whether a buffer stands for what a library call returns, which other buffers name the tensors of."""
+    return buffer is not None and isinstance(buffer.layout, ir.MultiOutputLayout)
+
+
+def _unpacked(node: Any) -> list[str]:
+    """The tensors that a library call returns in a tuple."""
+    if not _is_tuple(node.node):
+        return []
+    return [user.get_name() for output in node.get_outputs() for user in output.users]
 
 
 def _elements(dep: Any) -> int:

@@ -55,6 +55,7 @@ def plan(
     options: Options,
     annotations: Mapping[int, Annotation],
     measure: Measure | None = None,
+    names: Mapping[int, str] | None = None,
 ) -> list[Decision]:
     """Return one decision a site.
 
@@ -64,6 +65,7 @@ def plan(
         options: policy and whether unannotated weights are looked at.
         annotations: pattern by the id of the weight.
         measure: times sparse against dense under policy "latency"; None means that nothing can be measured here.
+        names: of layers that are not annotated, by the id of the weight; without, they have those of the graph.
 
     Raises:
         VNMError: an annotated weight breaks its pattern.
@@ -72,7 +74,7 @@ def plan(
     for site in sites:
         weight = inputs[site.index] if site.index is not None else None
         annotation = annotations.get(id(weight))
-        name = annotation.name if annotation is not None else site.name
+        name = annotation.name if annotation is not None else (names or {}).get(id(weight), site.name)
         if site.reason is None and weight is not None:
             decisions.append(_decide(site, name, weight, options, annotation, measure))
         else:

@@ -1,7 +1,8 @@
 """Making a model V:N:M: which weights to keep, and what to do to those that stay."""
 
+from vnm_compile.prune.fisher import Fisher
 from vnm_compile.prune.project import project
 from vnm_compile.prune.report import LayerPruned, SparsifyReport
 from vnm_compile.prune.sparsify import METHODS, sparsify
 
-__all__ = ["METHODS", "LayerPruned", "SparsifyReport", "project", "sparsify"]
+__all__ = ["METHODS", "Fisher", "LayerPruned", "SparsifyReport", "project", "sparsify"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,22 +13,39 @@ from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
 
 
-def run_model(model: nn.Module, batch: Any) -> None:
-    """Call the model on one batch of calibration data: a tensor, a tuple or list of arguments, or a dict of them.
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Return the model's output for a batch of calibration data: a tensor, a tuple or list of arguments, or a dict.
 
     Raises:
         VNMError: the batch is none of these.
     """
     if isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        raise VNMError(
-            f"a batch of calibration data is a {type(batch).__name__}; give a tensor, a tuple or a dict each."
-        )
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    raise VNMError(f"a batch of calibration data is a {type(batch).__name__}; give a tensor, a tuple or a dict each.")
+
+
+@contextmanager
+def as_evaluated(model: nn.Module) -> Iterator[None]:
+    """Run the model as it will be used: without dropout, and through its modules.
+
+    Modules that are in train mode return to it. The fused path of nn.TransformerEncoderLayer is switched off: it reads
+    the weights without calling the layers, which then could not see their inputs.
+    """
+    training = [module for module in model.modules() if module.training]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for module in training:
+            module.training = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in training:
+            module.training = True
 
 
 def execution_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[int]:
@@ -35,13 +53,19 @@ def execution_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> li
     seen: list[int] = []
     hooks = [layer.module.register_forward_pre_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(layers)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_evaluated(model):
             run_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     called = list(dict.fromkeys(seen))
     return called + [i for i in range(len(layers)) if i not in seen]
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a linear, as its forward hook gets it, with one token a row: `[T, K]`."""
+    given: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given.detach().reshape(-1, given.shape[-1])
 
 
 def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any]) -> list[Tensor]:
@@ -55,8 +79,7 @@ def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[
 
     def hook(index: int) -> Any:
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else next(iter(kwargs.values()))
-            x = given.detach().reshape(-1, given.shape[-1]).float()
+            x = layer_input(args, kwargs).float()
             sums[index] = sums[index] + x.T @ x
             counts[index] += x.shape[0]
 
@@ -64,7 +87,7 @@ def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[
 
     hooks = [layer.module.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_evaluated(model):
             for batch in batches:
                 run_model(model, batch)
     finally:
@@ -72,10 +95,22 @@ def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[
             each.remove()
     for layer, moment, count in zip(layers, sums, counts, strict=True):
         if count == 0:
-            raise at_layer(layer.name, "no calibration data reached it; give batches that do, or exclude the layer.")
+            raise unreached(model, layer)
         if not moment.isfinite().all():
             raise at_layer(layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.")
     return [moment / count for moment, count in zip(sums, counts, strict=True)]
+
+
+def unreached(model: nn.Module, layer: Layer) -> VNMError:
+    """The error for a layer that saw no input, with the reason where it is known."""
+    parent = model.get_submodule(layer.name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return at_layer(
+            layer.name,
+            "nn.MultiheadAttention multiplies by this weight without calling the layer, so its inputs cannot be seen; "
+            f'exclude it (exclude="*.{layer.name.rpartition(".")[2]}"), or use method="magnitude" or "fisher".',
+        )
+    return at_layer(layer.name, "no calibration data reached it; give batches that do, or exclude the layer.")
 
 
 def output_error(weight: Tensor, pruned: Tensor, moment: Tensor) -> float:

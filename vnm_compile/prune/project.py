@@ -61,14 +61,14 @@ def choose_columns(blocks: Tensor, spec: Spec) -> Tensor:
     if m == KEPT_COLUMNS:
         return torch.arange(KEPT_COLUMNS, device=blocks.device).expand(b, g, KEPT_COLUMNS)
     flat = blocks.reshape(b * g, v, m)
-    search = _exact if m <= EXACT_UP_TO else _greedy_with_swaps
+    search = _exact if m <= EXACT_UP_TO else grow_columns
     chunk = max(1, _CHUNK_ELEMENTS // (v * m))
     columns = [search(part, spec.n) for part in flat.split(chunk)] if flat.numel() else [flat.new_zeros(0, 4)]
     return torch.cat(columns).long().view(b, g, KEPT_COLUMNS)
 
 
 def column_value(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
-    """The score that blocks `[..., V, M]` keep with `columns` `[..., c]`: the n largest of them, over all rows."""
+    """The score that blocks `[..., V, M]` keep with `columns` `[..., c]`: the n largest of these, over all rows."""
     index = columns.unsqueeze(-2).expand(*blocks.shape[:-1], columns.shape[-1])
     return blocks.gather(-1, index).topk(n, dim=-1).values.sum((-1, -2))
 
@@ -97,15 +97,18 @@ def _exact(blocks: Tensor, n: int) -> Tensor:
     return torch.tensor(choices, device=blocks.device)[winner]
 
 
-def _greedy_with_swaps(blocks: Tensor, n: int) -> Tensor:
-    """Grow the set column by column, then exchange single columns while that improves it: `[X, V, M]` to `[X, 4]`."""
+def grow_columns(blocks: Tensor, n: int, width: int = KEPT_COLUMNS) -> Tensor:
+    """Grow a set column by column, then exchange single columns while that improves it: `[X, V, M]` to `[X, width]`.
+
+    Scores are not negative; of the columns in the set every row keeps its n largest.
+    """
     columns = blocks.new_zeros(blocks.shape[0], 0, dtype=torch.int64)
-    for _ in range(KEPT_COLUMNS):
+    for _ in range(width):
         columns = torch.cat([columns, value_with_each(blocks, columns, n).argmax(1, keepdim=True)], 1)
     best = column_value(blocks, columns, n)
     for _ in range(_MOST_SWEEPS):
         improved = False
-        for position in range(KEPT_COLUMNS):
+        for position in range(width):
             others = torch.cat([columns[:, :position], columns[:, position + 1 :]], 1)
             values, candidate = value_with_each(blocks, others, n).max(1)
             better = values > best * (1 + 1e-6)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vnm_compile.prune.plot import plot_layers
 
 if TYPE_CHECKING:  # imported when something is printed: compiling does not need it
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -19,7 +22,8 @@ class LayerPruned:
         shape: `[out_features, in_features]`.
         spec: its pattern as text.
         retained: share of the weight's L1 norm that stood in the kept places, before any update of the weights.
-        output_error: `||X W' - X W|| / ||X W||` on the calibration data; None where there was none.
+        output_error: `||X W' - X W|| / ||X W||` on the calibration data; None where it was not measured.
+        held_out_error: the same on the held-out data, for the inputs of the dense model; None without such data.
     """
 
     name: str
@@ -27,6 +31,7 @@ class LayerPruned:
     spec: str
     retained: float
     output_error: float | None = None
+    held_out_error: float | None = None
 
 
 class SparsifyReport:
@@ -40,17 +45,25 @@ class SparsifyReport:
         """Everything as plain data, for JSON."""
         return {"method": self.method, "layers": [asdict(layer) for layer in self.layers]}
 
+    def plot(self, path: str | Path) -> None:
+        """Draw the layers' errors as bars, into a file whose suffix says the format (.png, .svg, .pdf).
+
+        Raises:
+            VNMError: matplotlib is not installed, or the file cannot be written.
+        """
+        plot_layers(self.layers, f"pruned by {self.method}", path)
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
 
         table = Table(title=f"pruned by {self.method}", title_justify="left")
         table.add_column("layer", overflow="fold")
-        for column in ("weight", "spec", "L1 norm kept", "output error"):
+        for column in ("weight", "spec", "L1 norm kept", "output error", "held out"):
             table.add_column(column, justify="right")
         for layer in self.layers:
-            error = "-" if layer.output_error is None else f"{layer.output_error:.3f}"
             shape = " x ".join(map(str, layer.shape))
-            table.add_row(layer.name, shape, layer.spec, f"{layer.retained:.3f}", error)
+            errors = _shown(layer.output_error), _shown(layer.held_out_error)
+            table.add_row(layer.name, shape, layer.spec, f"{layer.retained:.3f}", *errors)
         yield table
 
     def __str__(self) -> str:
@@ -60,3 +73,7 @@ class SparsifyReport:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _shown(error: float | None) -> str:
+    return "-" if error is None else f"{error:.3f}"

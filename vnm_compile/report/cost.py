@@ -74,12 +74,24 @@ class CostModel:
         kept = self.spec.groups(self.in_features) * (self.spec.n if self.values_only else KEPT_COLUMNS)
         return 2 * TOKENS * self.spec.rows(self.out_features) * kept
 
+    @property
+    def dense_time(self) -> sympy.Expr:
+        """Least time of the dense layer, in bytes that the memory bus moves in it."""
+        return sympy.Max(self.dense_bytes, self.dense_flops / sympy.nsimplify(self.balance))
+
+    @property
+    def sparse_time(self) -> sympy.Expr:
+        """Least time of the sparse layer, in bytes that the memory bus moves in it."""
+        return sympy.Max(self.sparse_bytes, self.sparse_flops / sympy.nsimplify(self.balance))
+
     @cached_property
     def speedup(self) -> sympy.Expr:
         """Upper limit of dense time over sparse time, in T."""
-        balance = sympy.nsimplify(self.balance)
-        dense = sympy.Max(self.dense_bytes, self.dense_flops / balance)
-        return dense / sympy.Max(self.sparse_bytes, self.sparse_flops / balance)
+        return self.dense_time / self.sparse_time
+
+    def time_at(self, tokens: int, sparse: bool) -> float:
+        """The least time for a number of tokens, in bytes that the memory bus moves in it."""
+        return float((self.sparse_time if sparse else self.dense_time).subs(TOKENS, tokens))
 
     def speedup_at(self, tokens: int) -> float:
         """The limit for a number of tokens."""

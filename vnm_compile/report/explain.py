@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from vnm_compile.annotate import Layer, annotation_of, linear_layers
 from vnm_compile.backend import Prepared, prepare
-from vnm_compile.options import Options, split_options
+from vnm_compile.options import split_options
 from vnm_compile.passes import Decision
 from vnm_compile.report.cost import CostModel
 from vnm_compile.report.explanation import Explanation, LayerReport
@@ -37,7 +37,25 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     """
     model = getattr(model, "_orig_mod", model)
     ours, _ = split_options(options)
-    graphs = _prepare_graphs(model, args, kwargs, ours) if args or kwargs else []
+    graphs: list[Prepared] = []
+    names = layer_names(model)
+
+    def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        graphs.append(prepare(gm, inputs, ours, names))
+        return gm.forward
+
+    if args or kwargs:
+        trace(model, args, kwargs, record)
+    return describe_graphs(model, graphs)
+
+
+def layer_names(model: nn.Module) -> dict[int, str]:
+    """Names of a model's linears by the id of their weight; a graph after a graph break knows only a part of them."""
+    return {id(layer.module.weight): layer.name for layer in linear_layers(model)}
+
+
+def describe_graphs(model: nn.Module, graphs: Sequence[Prepared]) -> Explanation:
+    """The explanation of a model whose graphs have been through the passes; without any, by its weights alone."""
     device = next((p.device.type for p in model.parameters()), "cpu")
     reports: dict[str, LayerReport] = {}
     for graph in graphs:
@@ -51,22 +69,19 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     return Explanation(reports.values(), len(graphs), device)
 
 
-def _prepare_graphs(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
-) -> list[Prepared]:
-    """Call the model under Dynamo with a backend that plans and then runs the graph as it is."""
-    graphs = []
-
-    def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        graphs.append(prepare(gm, inputs, options))
-        return gm.forward
-
+def trace(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    backend: Callable[[fx.GraphModule, Sequence[Any]], Any],
+    dynamic: bool | None = None,
+) -> None:
+    """Call the model under Dynamo, gradients off; `backend` gets its graphs and returns what runs them."""
     # Dynamo caches by code object: with one of our own, neither does an earlier compilation answer for this one, nor
     # does this one count against the recompile limit of the model.
     call = FunctionType(_call.__code__.replace(), globals())
     with torch.no_grad():
-        torch.compile(call, backend=record)(model, args, kwargs)
-    return graphs
+        torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
 
 
 def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

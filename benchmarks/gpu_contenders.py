@@ -1,0 +1,70 @@
+"""The ways to compute a linear on a GPU that are compared: dense, torch's own 2:4, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu_cases import Case
+from vnm_compile.codegen.measure import random_packed
+from vnm_compile.format import unpack
+from vnm_compile.problem import Problem
+
+OURS, SEMI_STRUCTURED = "vnm", "2:4"
+
+
+def random_weight(case: Case, device: torch.device, seed: int) -> Tensor:
+    """A random dense weight that follows the case's pattern."""
+    problem = Problem(1, case.out_features, case.in_features, case.spec, case.dtype, device)
+    return unpack(random_packed(problem, seed), case.spec, case.out_features, case.in_features)
+
+
+def linears(case: Case, device: torch.device, sets: int) -> list[nn.Linear]:
+    """Layers with random weights of the case's pattern."""
+    made = []
+    for seed in range(sets):
+        layer = nn.Linear(case.in_features, case.out_features, bias=False, device="meta", dtype=case.dtype)
+        layer.weight = nn.Parameter(random_weight(case, device, seed), requires_grad=False)
+        made.append(layer)
+    return made
+
+
+def contenders(case: Case, layers: Sequence[nn.Linear], x: Tensor) -> dict[str, list[Callable[[], Any]]]:
+    """For each contender one call a layer."""
+    torch._dynamo.reset()
+
+    def apply(layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x)
+
+    def apply_sparse(layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x)
+
+    dense = torch.compile(apply)
+    ours = torch.compile(apply_sparse, backend="vnm", options={"vnm.policy": "memory"})
+    calls = {
+        "cuBLAS": [partial(torch.nn.functional.linear, x, layer.weight) for layer in layers],
+        "compile": [partial(dense, layer, x) for layer in layers],
+        OURS: [partial(ours, layer, x) for layer in layers],
+    }
+    return calls
+
+
+def semi_structured(case: Case, x: Tensor, device: torch.device, sets: int) -> list[Callable[[], Any]] | str:
+    """Calls of torch's 2:4 kernels on random 2:4 weights of the same size, or why there are none."""
+    from torch.sparse import to_sparse_semi_structured
+
+    keep = torch.tensor([1, 0, 0, 1], dtype=torch.bool, device=device).repeat(case.in_features // 4)
+    try:
+        calls = []
+        for _ in range(sets):
+            weight = torch.randn(case.out_features, case.in_features, device=device).to(case.dtype) * keep
+            calls.append(partial(torch.nn.functional.linear, x, to_sparse_semi_structured(weight)))
+        calls[0]()
+        torch.cuda.synchronize()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return calls

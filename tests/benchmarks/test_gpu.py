@@ -1,0 +1,80 @@
+"""The GPU benchmark, as far as it runs without a GPU: arguments, statistics, tables, the plot, and the dry run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_cases
+from benchmarks.gpu_cases import LARGE, TARGETS, TOKENS, Case
+from vnm_compile.spec import Spec
+
+
+def row(case="14336 x 4096", spec="64:2:8", tokens=1, dense=30.0, sparse=10.0, semi_structured=20.0):
+    return gpu.Row(case, spec, tokens, dense, "cuBLAS", semi_structured, sparse, floor_us=8.0, limit=3.5)
+
+
+def large(spec, tokens, ratios):
+    names = [f"{o} x {k}" for o, k in LARGE]
+    return [row(name, spec, tokens, 10.0 * ratio) for name, ratio in zip(names, ratios, strict=True)]
+
+
+def test_means_take_the_better_v_and_both_shapes():
+    rows = [*large("64:2:8", 1, (2.0, 4.5)), *large("128:2:8", 1, (2.0, 2.0)), *large("64:2:16", 16, (4.0, 4.0))[:1]]
+    ((m, tokens, mean, target, over),) = gpu.geometric_means(rows)
+    assert (m, tokens, target) == (8, 1, TARGETS[8][0])
+    assert mean == pytest.approx(3.0)
+    assert over == pytest.approx(2.0)
+
+
+def test_the_summary_says_what_is_missed():
+    rows = [*large("64:2:8", 1, (3.0, 3.0)), *large("64:2:8", 2048, (1.1, 1.1)), row("1024 x 4096", dense=12.0)]
+    lines = [line.split() for line in gpu.summary(rows).splitlines()[1:]]
+    assert [line[4] for line in lines] == ["yes", "NO", "NO"]
+    assert lines[-1][:3] == ["small", "1", "1.20"]
+
+
+def test_table_and_plot(tmp_path):
+    rows = [row(tokens=tokens, semi_structured=None if tokens > 1 else 15.0) for tokens in TOKENS]
+    text = gpu.table(gpu.HEADINGS, (each.cells for each in rows))
+    assert len(text.splitlines()) == 1 + len(rows)
+    assert "3.00" in text
+    assert "80%" in text
+    gpu.plot(rows, tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+def test_floors():
+    case = Case(14336, 4096, 1, Spec.parse("64:2:8"))
+    # One token: bytes; the byte ratio of the format, activations aside.
+    dense, sparse = (case.floor(4.8e12, 989e12, kind) for kind in (False, True))
+    assert dense / sparse == pytest.approx(case.dense_bytes / case.sparse_bytes)
+    assert 3.4 < dense / sparse < 3.6
+    # Many: flops on the kept columns, M/4 fewer.
+    case = Case(14336, 4096, 8192, Spec.parse("64:2:8"))
+    assert case.floor(4.8e12, 989e12, False) / case.floor(4.8e12, 989e12, True) == pytest.approx(2.0)
+
+
+def test_the_cases_cover_the_targets():
+    cases = list(gpu_cases.layers())
+    for m in TARGETS:
+        for tokens in TOKENS:
+            found = {case.name for case in cases if case.spec.m == m and case.tokens == tokens}
+            assert len(found) == len(LARGE)
+    assert {case.dtype for case in gpu_cases.correctness()} == {torch.bfloat16, torch.float16, torch.float32}
+
+
+def test_unknown_section_and_no_gpu(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--sections", "everything"])
+    assert gpu.main(["--sections", "layers"]) == 2
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def test_dry_run(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_cases, "layers", lambda: [Case(14336, 4096, 16, Spec.parse("64:2:8"))])
+    monkeypatch.setattr(gpu_cases, "small", lambda: [Case(1024, 4096, 2048, Spec.parse("128:2:32"))])
+    assert gpu.main(["--dry-run", "--target", "sm_80"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.split()[-3] == "0" for line in lines[1:])  # spills

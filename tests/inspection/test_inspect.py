@@ -1,0 +1,184 @@
+"""vnm.inspect: the kernels of real layers, their machine code for GPUs that are not there, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import vnm_compile as vnm
+from tests.support import make_sparse_
+from vnm_compile.codegen.targets import TARGETS
+from vnm_compile.inspection.report import TOKENS
+
+TENSOR_CORE = {
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+    "gfx1100": "v_wmma",
+}
+
+
+def feed_forward(width: int = 512, hidden: int = 1024, spec: str = "64:2:8", dtype: torch.dtype = torch.bfloat16):
+    layer = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+    return make_sparse_(layer, spec).to(dtype).eval()
+
+
+def bert_layer():
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    config = BertConfig(hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+    return make_sparse_(BertLayer(config), "64:2:8").to(torch.bfloat16).eval()
+
+
+def llama_layer():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(hidden_size=1024, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2)
+    layer = make_sparse_(LlamaDecoderLayer(config, 0), "64:2:8").to(torch.bfloat16).eval()
+    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16)
+    return layer, x, LlamaRotaryEmbedding(config)(x, torch.arange(64)[None])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sparse_kernels_for_every_target(target):
+    """Nothing spills, tensor cores multiply, and the hot loop has no load narrower than an asynchronous copy."""
+    report = vnm.inspect(feed_forward(2048, 2048), torch.randn(256, 2048, dtype=torch.bfloat16), target=target)
+    first, _ = report.sparse
+    assert first.fused_ops[:3] == ("vnm.linear", "aten.add", "aten.gelu")
+    for kernel in report.sparse:
+        assert kernel.spills == 0
+        assert 0 < kernel.registers <= 255
+        assert 0 < kernel.shared_bytes <= TARGETS[target].shared_bytes
+        names = [name for name in kernel.instructions.names if name.startswith(TENSOR_CORE[target])]
+        assert names, f"{kernel.name}: {kernel.instructions.names}"
+        assert kernel.loop.tensor_core > 0
+        assert min(kernel.loop.loads) >= 4, kernel.loop.loads
+        assert kernel.loop.loads[16] > 0
+        assert kernel.binary[:4] == b"\x7fELF"
+        assert (kernel.ptx is None) == (kernel.amdgcn is not None)
+    assert target in str(report)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
+@pytest.mark.parametrize("spec", ["64:2:8", "128:2:16", "16:2:4", "64:1:8", "32:2:5"])
+def test_nothing_spills_from_decode_to_prefill(spec, tokens):
+    layer = make_sparse_(nn.Linear(5120, 512), spec).to(torch.float16).eval()
+    (kernel,) = vnm.inspect(layer, torch.randn(tokens, 5120, dtype=torch.float16), target="sm_90").sparse
+    assert kernel.spills == 0
+    assert min(kernel.loop.loads) >= 4, kernel.loop.loads
+
+
+def test_a_bert_layer():
+    report = vnm.inspect(bert_layer(), torch.randn(2, 64, 256, dtype=torch.bfloat16), target="sm_90")
+    # q, k and v are one; each of the others takes its bias along, the first of the feed-forward its activation.
+    assert len(report.sparse) == 4
+    assert {kernel.template for kernel in report.sparse} == {"vnm_linear"}
+    _, _, up, _ = report.sparse
+    assert report.explanation["attention.self.query"].joined == ("attention.self.key", "attention.self.value")
+    assert "aten.gelu" in up.fused_ops
+    # Between attention and the end nothing stands alone: both residuals and biases are in a kernel with the norm.
+    rest = [kernel for kernel in report.kernels if kernel.template is None]
+    assert all("native_layer_norm" in kernel.name for kernel in rest[-1:])
+    assert sum("layer_norm" in kernel.name for kernel in rest) == 2
+    assert not any("vnm" in call.name for call in report.library_calls)
+
+
+def test_a_llama_layer():
+    layer, x, positions = llama_layer()
+    report = vnm.inspect(layer, x, position_embeddings=positions, target="sm_90")
+    assert [kernel.template for kernel in report.sparse] == ["vnm_linear", "vnm_linear", "vnm_gated_silu", "vnm_linear"]
+    gated = report.sparse[2]
+    assert gated.loop.tensor_core >= 2
+    # The product goes straight to where the next kernel reads it: nothing is launched between the two.
+    position = report.kernels.index(gated)
+    assert report.kernels[position + 1] is report.sparse[3]
+
+
+def test_symbolic_tokens():
+    model = feed_forward()
+    report = vnm.inspect(model, torch.randn(48, 512, dtype=torch.bfloat16), target="sm_80", dynamic=True)
+    kernel = report.sparse[0]
+    spec = vnm.Spec.parse("64:2:8")
+    # Two flops for each of the four kept columns of a group, row and token.
+    assert kernel.flops == 2 * TOKENS * 1024 * 4 * 64
+    # The weight and the bias once, the activations a token, and what they are rounded up to.
+    stored = spec.nbytes(1024, 512, torch.bfloat16) + 2 * 1024
+    assert kernel.bytes_moved.subs(TOKENS, 48) == stored + 48 * 2 * (512 + 1024)
+    assert "ks0" in kernel.source
+
+
+def test_roofline_of_a_hand_computed_case():
+    report = vnm.inspect(feed_forward(), torch.randn(4096, 512, dtype=torch.bfloat16), target="sm_90")
+    kernel, target = report.sparse[0], TARGETS["sm_90"]
+    moved, flops = float(kernel.bytes_moved.subs(TOKENS, 4096)), float(kernel.flops.subs(TOKENS, 4096))
+    assert kernel.roofline_seconds == pytest.approx(max(moved / target.bandwidth, flops / target.half_flops))
+
+
+def test_the_kernels_of_this_machine():
+    model = feed_forward(dtype=torch.float32)
+    options = {"vnm.policy": "memory"}
+    report = vnm.inspect(model, torch.randn(32, 512), options=options)
+    assert [kernel.language for kernel in report.kernels] == ["cpp", "cpp"]
+    assert report.sparse == report.kernels
+    assert "aten.gelu" in report.kernels[0].fused_ops
+    assert all(kernel.registers is None and kernel.binary is None for kernel in report.kernels)
+    assert "CPU" in str(report)
+
+
+def test_graph_breaks_and_a_dense_layer():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.dense = feed_forward(), feed_forward(), nn.Linear(512, 64, dtype=torch.bfloat16)
+
+        def forward(self, x):
+            x = self.one(x)
+            torch._dynamo.graph_break()
+            return self.dense(self.two(x))
+
+    report = vnm.inspect(Broken().eval(), torch.randn(40, 512, dtype=torch.bfloat16), target="sm_90")
+    assert len(report.wrappers) == 2
+    assert len(report.sparse) == 4
+    assert [call.fused_ops[-1] for call in report.library_calls] == ["aten.addmm"]
+    assert report.explanation["dense"].decision == "dense"
+
+
+def test_saved_files_and_the_script_that_repeats_a_kernel(tmp_path):
+    report = vnm.inspect(feed_forward(), torch.randn(64, 512, dtype=torch.bfloat16), target="sm_86")
+    folder = report.save(tmp_path / "report")
+    kernel = report.sparse[0]
+    written = folder / kernel.name
+    assert (written / "source.py").read_text() == kernel.source
+    assert (written / "kernel.ptx").read_text() == kernel.ptx
+    assert (written / "kernel.cubin").read_bytes() == kernel.binary
+    figures = json.loads((written / "figures.json").read_text())
+    assert figures["registers"] == kernel.registers
+    assert figures["hot_loop"]["tensor_core"] == kernel.loop.tensor_core
+    done = subprocess.run(
+        [sys.executable, str(written / "reproduce.py")], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert f"{kernel.registers} registers" in done.stdout
+
+
+def test_nothing_of_the_model_changes():
+    model = feed_forward()
+    before = {name: (id(p), p._version) for name, p in model.named_parameters()}
+    vnm.inspect(model, torch.randn(8, 512, dtype=torch.bfloat16), target="sm_90")
+    assert {name: (id(p), p._version) for name, p in model.named_parameters()} == before
+    assert not torch.cuda.is_available()
+
+
+def test_unknown_target():
+    with pytest.raises(vnm.VNMError, match="sm_90"):
+        vnm.inspect(feed_forward(), torch.randn(8, 512, dtype=torch.bfloat16), target="sm_50")

@@ -1,0 +1,64 @@
+"""Calibration data from a file: text, cut into passages of tokens, or model inputs as tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vnm_compile.cli.directory import load_tokenizer
+from vnm_compile.errors import VNMError
+
+Batch = dict[str, Tensor]
+
+
+def load_batches(file: Path, directory: Path, model: nn.Module, samples: int, length: int, size: int) -> list[Batch]:
+    """Return batches of model inputs from `file`, drawn at random with a fixed seed.
+
+    Args:
+        file: UTF-8 text, whose passages become `input_ids`; or `.safetensors`, in which the tensors are named as the
+            model's arguments and hold one sample a row.
+        directory: of the model, for its tokenizer.
+        model: what the inputs are for.
+        samples: passages, or rows, that are taken at most.
+        length: tokens a passage.
+        size: samples a batch.
+
+    Raises:
+        VNMError: the file cannot be read, or holds less than one sample.
+    """
+    if not file.is_file():
+        raise VNMError(f"there is no calibration file {file}.")
+    data = _tensors(file) if file.suffix == ".safetensors" else _passages(file, directory, model, length)
+    count = len(next(iter(data.values())))
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:samples]
+    return [{name: value[part] for name, value in data.items()} for part in chosen.split(size)]
+
+
+def _tensors(file: Path) -> Batch:
+    tensors = load_file(file)
+    lengths = {name: len(value) if value.dim() else 0 for name, value in tensors.items()}
+    if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise VNMError(f"{file}: its tensors have {lengths} rows; each holds the same number of samples, at least one.")
+    return tensors
+
+
+def _passages(file: Path, directory: Path, model: nn.Module, length: int) -> Batch:
+    tokenizer = load_tokenizer(directory)
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None) or length
+    length = min(length, limit)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise VNMError(f"{file} is not UTF-8 text; give text or a .safetensors file of model inputs.") from error
+    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(tokens) < length:
+        raise VNMError(f"{file} holds {len(tokens)} tokens, a passage is {length}; give more text or --length.")
+    passages = tokens[: len(tokens) // length * length].view(-1, length)
+    if getattr(config, "is_encoder_decoder", False):
+        return {"input_ids": passages, "decoder_input_ids": passages}
+    return {"input_ids": passages}

@@ -1,0 +1,1 @@
+"""Sparse kernels for GPUs, written in Triton."""

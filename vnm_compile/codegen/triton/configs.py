@@ -1,0 +1,188 @@
+"""Tile sizes for a problem on a target: those that fit, the most promising first.
+
+Which is fastest is measured where there is a device. The model here keeps out what cannot run well (shared memory,
+registers, tiles larger than the problem) and orders the rest, so that the first is a fair choice without measuring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vnm_compile.codegen.targets import Target
+from vnm_compile.spec import KEPT_COLUMNS, Spec
+
+DECODE_TOKENS = 32
+"""Up to this many tokens reading the weight takes longer than multiplying: it is read once, by as many as it takes."""
+
+
+_SPLIT_TOKENS = 128
+"""Up to this many tokens K may be split; beyond, partial results are more to write and read than is won."""
+
+_REGISTERS = {"cuda": 178, "hip": 100}
+"""How many of a thread's (at most 255) registers the estimate may fill; with more, real kernels were seen to spill."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice of a configuration depends on.
+
+    Attributes:
+        tokens: expected number of tokens.
+        rows: of the weight, padded to blocks; of one of the two where `gated`.
+        groups: of a row.
+    """
+
+    tokens: int
+    rows: int
+    groups: int
+    spec: Spec
+    dtype: torch.dtype
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel cuts its problem: rows, tokens and groups of a tile; warps, pipeline stages, and splits of K."""
+
+    block_o: int
+    block_t: int
+    block_g: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Shared memory that the loop's buffers take, as measured on Triton 3.6 and 3.7 (an upper bound).
+
+        A load whose address was itself loaded (activations, by column) needs two steps, so every second stage of the
+        pipeline adds a buffer.
+        """
+        depth = (self.stages - 1) // 2
+        size = shape.dtype.itemsize
+        terms = KEPT_COLUMNS * self.block_g
+        activation = terms * self.block_t * size
+        weight = self.block_o * self.block_g * shape.spec.n * size + self.block_o * self.block_g * shape.spec.n // 4
+        expanded = self.block_o * terms * size  # where it passes through shared memory
+        tiles = 2 if shape.gated else 1
+        return tiles * ((depth + 1) * activation + depth * (weight + 16 * self.block_g)) + expanded
+
+    def registers(self, shape: Shape, warp_size: int = 32) -> int:
+        """32-bit registers of a thread: accumulators, the expanded tile, addresses of the loads, and what is around."""
+        threads = warp_size * self.warps
+        accumulators = self.block_o * self.block_t * (2 if shape.gated else 1)
+        expanded = self.block_o * KEPT_COLUMNS * self.block_g * shape.dtype.itemsize // 4
+        loads = KEPT_COLUMNS * self.block_g * self.block_t * shape.dtype.itemsize // 16
+        return 40 + (accumulators + expanded + 2 * loads) // threads
+
+
+def configurations(shape: Shape, target: Target) -> list[Config]:
+    """The configurations that suit a problem, best first."""
+    fitting = [config for config in _candidates(shape, target) if _fits(config, shape, target)]
+    return sorted(fitting, key=lambda config: seconds(config, shape, target))
+
+
+def splits(shape: Shape, target: Target) -> int:
+    """Into how many parts K is cut so that a problem with few tiles keeps the whole device reading.
+
+    The partial results are summed by a second kernel, which is worth its launch only where most of the device would
+    idle otherwise.
+    """
+    if shape.tokens > _SPLIT_TOKENS:
+        return 1
+    block = min(64, largest_block(shape.spec))
+    tiles = -(-shape.rows // block) * -(-shape.tokens // 64) * (2 if shape.gated else 1)
+    wanted = 2 * target.multiprocessors / tiles
+    longest = shape.groups // 64  # each part is long enough to fill a pipeline
+    return 1 << max(0, min(math.floor(math.log2(max(1.0, wanted))), int(math.log2(max(1, longest))), 3))
+
+
+def largest_block(spec: Spec) -> int:
+    """The largest power of two that divides V: rows that a tile can have and still lie in one block."""
+    return spec.v & -spec.v
+
+
+def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
+    parts = splits(shape, target)
+    few = shape.tokens <= DECODE_TOKENS
+    tokens = [max(16, 1 << (shape.tokens - 1).bit_length())] if few else [32, 64, 128, 256]
+    for block_o in (16, 32, 64, 128):
+        for block_t in tokens:
+            for warps in (1, 2, 4, 8):
+                for block_g in (16, 32, 64) if few else (16, 32):
+                    for stages in (3, 5, 7):
+                        yield Config(block_o, block_t, block_g, warps, stages, parts)
+
+
+def _fits(config: Config, shape: Shape, target: Target) -> bool:
+    # A warp takes 16 rows, or, where there are more warps than such, all rows of a part of the tokens. What is in a
+    # thread then must leave registers for addresses and an epilogue: more than this was seen to spill.
+    if _by_warp_groups(target) and largest_block(shape.spec) >= 64 and (config.block_o < 64 or config.warps % 4):
+        return False
+    rows_of_warps = config.block_o // 16
+    columns_of_warps = -(-config.warps // rows_of_warps)
+    return (
+        config.block_o <= largest_block(shape.spec)
+        and config.block_t <= 2 * max(16, shape.tokens)
+        and config.block_g <= max(32, 2 * shape.groups)
+        and config.block_t >= (64 * columns_of_warps if columns_of_warps > 1 else 1)
+        and rows_of_warps <= 2 * config.warps
+        # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
+        and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * target.warp_size * config.warps
+        and config.registers(shape, target.warp_size) <= _REGISTERS[target.backend]
+        and config.registers(shape, target.warp_size) * target.warp_size * config.warps <= target.registers
+        and config.shared_bytes(shape) <= target.shared_bytes
+    )
+
+
+def _by_warp_groups(target: Target) -> bool:
+    """Whether four warps multiply 64 rows together (wgmma of sm_90, tcgen05 of sm_100), faster than each its own."""
+    return target.backend == "cuda" and target.capability[0] in (9, 10)
+
+
+def seconds(config: Config, shape: Shape, target: Target) -> float:
+    """Estimated time: the slower of memory and of the busiest multiprocessor's arithmetic and on-chip traffic."""
+    weights = 2 if shape.gated else 1
+    tiles = -(-shape.rows // config.block_o) * -(-shape.tokens // config.block_t) * config.splits
+    threads = target.warp_size * config.warps
+    resident = max(
+        1,
+        min(
+            target.shared_bytes // config.shared_bytes(shape),
+            target.registers // (config.registers(shape, target.warp_size) * threads),
+            target.threads // threads,
+        ),
+    )
+    share = -(-tiles // target.multiprocessors)  # tiles of the busiest multiprocessor
+    groups = -(-shape.groups // config.splits)
+    groups = -(-groups // config.block_g) * config.block_g
+    terms = KEPT_COLUMNS * groups
+    clock = 1.7e9
+    # Narrow tiles leave the tensor cores waiting for their operands.
+    efficiency = min(1.0, config.block_t / 128) ** 0.25 * min(1.0, config.block_o / 64) ** 0.5
+    rate = target.peak_flops(shape.dtype, tf32=True) / target.multiprocessors * efficiency
+    multiply = weights * 2 * config.block_o * config.block_t * terms / rate
+    # Instructions a term, as counted in machine code, 128 lanes at a time: a warp group of Hopper multiplies out of the
+    # registers that it expands to; elsewhere, and in narrower tiles, what is expanded changes lanes first. Warps
+    # that share rows expand each for itself.
+    direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
+    repeated = max(1, 16 * config.warps // config.block_o)
+    expand = weights * (3 if direct else 5) * config.block_o * terms * repeated / (128 * clock)
+    bytes_read = (
+        weights
+        * groups
+        * (
+            config.block_o * shape.spec.n * (shape.dtype.itemsize + 0.25)
+            + KEPT_COLUMNS * config.block_t * shape.dtype.itemsize
+        )
+    )
+    on_chip = bytes_read / (48 * clock)
+    # Resident tiles hide each other's latencies; a lone one waits for its own.
+    busy = max(multiply, expand, on_chip) * share + (multiply + expand + on_chip) / resident
+    iterations = groups / config.block_g
+    latency = iterations * 1.2e-6 / (1 + (config.stages - 1) // 2) * -(-share // resident)
+    stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
+    return max(busy, latency, stored / target.bandwidth)

@@ -1,0 +1,248 @@
+"""Lowering of the vnm ops on GPUs: each function returns an Inductor node, or None for the reference.
+
+Activations are wanted with tokens next to each other (K-major), in rows that are padded to 16 bytes: a kept column is
+then a contiguous row, read 16 bytes at a time, whatever the number of tokens. What computes the activations writes
+them so where Inductor can fuse it; else a copy does.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from vnm_compile.codegen.inductor import (
+    apply,
+    choose_fastest,
+    copy_strided,
+    layout_of,
+    realized,
+    reshape,
+    round_up,
+    size_hint,
+    tunes_exhaustively,
+)
+from vnm_compile.codegen.measure import random_packed
+from vnm_compile.codegen.targets import Target
+from vnm_compile.codegen.triton.configs import Config, Shape, configurations, largest_block
+from vnm_compile.codegen.triton.templates import gated_template, linear_template
+from vnm_compile.codegen.virtual_device import device_target
+from vnm_compile.problem import Problem
+from vnm_compile.spec import Spec
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FEWEST_ROWS = 16  # of a tensor core's tile
+_MEASURED = 4  # configurations, where the user has not asked for more
+_MEASURED_EXHAUSTIVELY = 24
+_PROGRAM_GROUP = 8  # tiles of tokens that run side by side
+_ALIGNMENT = 16  # bytes of the widest load
+
+
+def linear(
+    x: Any, values: Any, metadata: Any, columns: Any, v: int, n: int, m: int, in_features: int, out_features: int
+) -> Any:
+    """`vnm::linear` as one Triton kernel, or, where a single pass leaves the device idle, partial sums and their sum.
+
+    None for dtypes other than fp32, bf16 and fp16, and for blocks that hold no 16 rows of a power of two.
+    """
+    spec = Spec(v, n, m)
+    if not _supported(x, values, spec):
+        return None
+    *leading, _ = x.get_size()
+    problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
+    result = problem.linear()
+    return None if result is None else reshape(result, [*leading, out_features])
+
+
+def gated_linear(
+    x: Any,
+    values: Any,
+    metadata: Any,
+    columns: Any,
+    v: int,
+    n: int,
+    m: int,
+    in_features: int,
+    out_features: int,
+    activation: str,
+) -> Any:
+    """`vnm::gated_linear` as one Triton kernel, or partial sums of both and what is made of them; None as `linear`."""
+    spec = Spec(v, n, m)
+    if not _supported(x, values, spec):
+        return None
+    *leading, _ = x.get_size()
+    problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
+    result = problem.gated(activation)
+    return None if result is None else reshape(result, [*leading, out_features])
+
+
+def _supported(x: Any, values: Any, spec: Spec) -> bool:
+    same = x.get_dtype() in _DTYPES and values.get_dtype() == x.get_dtype()
+    return same and largest_block(spec) >= _FEWEST_ROWS
+
+
+class _Sparse:
+    """One multiplication that is being lowered."""
+
+    def __init__(
+        self, x: Any, arrays: tuple[Any, Any, Any], spec: Spec, in_features: int, out_features: int, rows: int
+    ) -> None:
+        self.spec, self.in_features, self.out_features, self.rows = spec, in_features, out_features, rows
+        self.dtype = x.get_dtype()
+        self.target: Target = device_target(x.get_device())
+        self.x = _activation(x)
+        values, metadata, columns = (realized(array) for array in arrays)
+        # Metadata is read two bytes at a time where a quad of groups has as many.
+        self.arrays = (_rows_apart(values, 1), _rows_apart(metadata, spec.n), columns)
+        self.tokens = self.x.get_size()[0]
+
+    def linear(self) -> Any:
+        """Node of the product, `[tokens, out_features]`; None where no configuration fits the device."""
+        ranked = self._ranked(gated=False)
+        if not ranked:
+            return None
+        if ranked[0].splits == 1:
+            return self._call(linear_template(), ranked, self.out_features)
+        return self._cast(self._sums(ranked, self.out_features))
+
+    def gated(self, activation: str) -> Any:
+        """Node of the gated product, `[tokens, out_features]`; None as in `linear`."""
+        ranked = self._ranked(gated=True)
+        if not ranked:
+            return None
+        if ranked[0].splits == 1:
+            return self._call(gated_template(activation), ranked, self.out_features)
+        # Gate and up are one weight of twice the rows here.
+        both = self._sums(ranked, self.rows + self.out_features)
+        gate = apply(aten.slice.Tensor, both, 1, 0, self.out_features)
+        up = apply(aten.slice.Tensor, both, 1, self.rows, self.rows + self.out_features)
+        product = apply(aten.mul.Tensor, _ACTIVATIONS[activation](gate), up)
+        return self._cast(product)
+
+    def _cast(self, node: Any) -> Any:
+        return apply(torch.ops.prims.convert_element_type.default, node, self.dtype)
+
+    def _ranked(self, gated: bool) -> list[Config]:
+        shape = Shape(
+            size_hint(self.tokens), self.rows, self.spec.groups(self.in_features), self.spec, self.dtype, gated
+        )
+        ranked = configurations(shape, self.target)
+        kept = ranked[: _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED]
+        log.debug("%s on %s: %s", shape, self.target.name, kept)
+        return kept
+
+    def _sums(self, ranked: list[Config], columns: int) -> Any:
+        """Sum of the partial products, `[tokens, columns]` in fp32."""
+        parts = self._call(linear_template(), ranked, columns, parts=ranked[0].splits)
+        return apply(aten.sum.dim_IntList, parts, [0])
+
+    def _call(self, template: Any, ranked: list[Config], columns: int, parts: int = 1) -> Any:
+        size = [self.tokens, columns] if parts == 1 else [parts, self.tokens, columns]
+        layout = layout_of(self.x, size, self.dtype if parts == 1 else torch.float32)
+        inputs = [self.x, *self.arrays]
+        choices: list[Any] = []
+        for config in ranked:
+            template.maybe_append_choice(
+                choices,
+                input_nodes=tuple(inputs),
+                layout=layout,
+                num_warps=config.warps,
+                num_stages=config.stages,
+                **self._constants(config, columns),
+            )
+        return choose_fastest(template.name, choices, inputs, layout, self._random_arrays())
+
+    def _constants(self, config: Config, columns: int) -> dict[str, Any]:
+        spec, groups = self.spec, self.spec.groups(self.in_features)
+        half = self.dtype.itemsize == 2
+        split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
+        word = {1: "tl.int16", 2: "tl.int32"}[spec.n] if half else None
+        return {
+            "V": spec.v,
+            "N": spec.n,
+            "M": spec.m,
+            "O": columns,
+            "K": self.in_features,
+            "G": groups,
+            "R": self.rows,
+            "BLOCK_O": config.block_o,
+            "BLOCK_T": config.block_t,
+            "BLOCK_G": config.block_g,
+            "GROUP_T": _PROGRAM_GROUP,
+            "SPLITS": config.splits,
+            "SPLIT_G": split_groups,
+            "VALUES_STRIDE": int(self.arrays[0].get_stride()[0]) // (spec.n if word else 1),
+            "METADATA_STRIDE": int(self.arrays[1].get_stride()[0]) // spec.n,
+            "EVEN_G": groups % config.block_g == 0,
+            "TAIL": self.in_features % spec.m != 0,
+            "WORDS": word,
+            "DTYPE": {2: "tl.bfloat16" if self.dtype == torch.bfloat16 else "tl.float16", 4: "tl.float32"}[
+                self.dtype.itemsize
+            ],
+            "COLUMN_BITS": 8 * spec.column_dtype.itemsize,
+            # Permutations of bytes are NVIDIA's.
+            "PERMUTE_BYTES": half and spec.n == 2 and self.target.backend == "cuda",
+            "ALLOW_TF32": torch.backends.cuda.matmul.allow_tf32,
+        }
+
+    def _random_arrays(self) -> dict[int, Any]:
+        """Valid random arrays to measure on: random columns would lie outside of the activations."""
+        rows = int(self.arrays[0].get_size()[0])
+
+        @functools.cache
+        def arrays() -> Any:
+            device = self.x.get_device()
+            return random_packed(Problem(1, rows, self.in_features, self.spec, self.dtype, device))
+
+        def like(position: int, buffer: Any) -> torch.Tensor:
+            size, stride = ([int(s) for s in sizes] for sizes in (buffer.get_size(), buffer.get_stride()))
+            return torch.empty_strided(size, stride, dtype=buffer.get_dtype(), device=buffer.get_device()).copy_(
+                arrays()[position]
+            )
+
+        return {1 + i: functools.partial(like, i) for i in range(3)}
+
+
+def _activation(x: Any) -> Any:
+    """The activations as a matrix `[tokens, in_features]`, K-major with aligned rows."""
+    *leading, width = x.get_size()
+    tokens = 1
+    for size in leading:
+        tokens = tokens * size
+    padded = round_up(tokens, _ALIGNMENT // x.get_dtype().itemsize)
+    return copy_strided(reshape(x, [tokens, width]), [1, padded], [padded, width])
+
+
+def _rows_apart(array: Any, multiple: int) -> Any:
+    """The array itself if its rows begin at multiples of `multiple` elements; else a copy in which they do."""
+    rows, width = (int(size) for size in array.get_size())
+    if int(array.get_stride()[0]) % multiple == 0:
+        return array
+    padded = round_up(width, _ALIGNMENT // array.get_dtype().itemsize)
+    return copy_strided(array, [padded, 1], [rows, padded])
+
+
+_ACTIVATIONS = {
+    "silu": lambda x: apply(aten.mul.Tensor, x, apply(aten.sigmoid.default, x)),
+    "gelu": lambda x: _gelu(x, lambda y: apply(aten.erf.default, apply(aten.mul.Tensor, y, 0.5**0.5))),
+    "gelu_tanh": lambda x: _gelu(x, lambda y: apply(aten.tanh.default, _tanh_argument(y))),
+    "relu": lambda x: apply(aten.relu.default, x),
+    "sigmoid": lambda x: apply(aten.sigmoid.default, x),
+}
+"""The gates of `vnm_compile.ops.GATES`, as nodes."""
+
+
+def _gelu(x: Any, distribution: Any) -> Any:
+    return apply(aten.mul.Tensor, apply(aten.mul.Tensor, x, 0.5), apply(aten.add.Tensor, distribution(x), 1.0))
+
+
+def _tanh_argument(x: Any) -> Any:
+    cube = apply(aten.mul.Tensor, x, apply(aten.mul.Tensor, x, x))
+    total = apply(aten.add.Tensor, x, apply(aten.mul.Tensor, cube, 0.044715))
+    return apply(aten.mul.Tensor, total, (2 / torch.pi) ** 0.5)

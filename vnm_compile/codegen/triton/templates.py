@@ -1,0 +1,39 @@
+"""The Triton templates: their sources, put together from the files beside this one, and how they are launched."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from vnm_compile.codegen.inductor import TritonTemplate
+
+_HERE = Path(__file__).parent
+
+
+def _source(*names: str) -> str:
+    return "".join((_HERE / f"{name}.py.jinja").read_text() for name in names)
+
+
+def _grid(*sizes_and_meta: Any, cdiv: Any = None) -> tuple[int, int, int]:
+    """Programs of a kernel whose result is `[tokens, out]`, or `[splits, tokens, out]`."""
+    *sizes, meta = sizes_and_meta
+    *parts, tokens, out = sizes
+
+    def ceil(size: Any, block: int) -> Any:
+        return (size + block - 1) // block
+
+    return (ceil(tokens, meta["BLOCK_T"]) * ceil(out, meta["BLOCK_O"]), parts[0] if parts else 1, 1)
+
+
+@functools.cache
+def linear_template() -> Any:
+    """`x @ W.T`."""
+    return TritonTemplate(name="vnm_linear", grid=_grid, source=_source("linear", "weight"))
+
+
+@functools.cache
+def gated_template(activation: str) -> Any:
+    """`activation(x @ gate.T) * (x @ up.T)`; `activation` is a key of `vnm_compile.ops.GATES`."""
+    source = _source("gated", "weight", "activations").replace("ACTIVATE", activation)
+    return TritonTemplate(name=f"vnm_gated_{activation}", grid=_grid, source=source)

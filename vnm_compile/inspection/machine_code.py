@@ -1,0 +1,121 @@
+"""Compile a generated Triton kernel for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vnm_compile.codegen.targets import Target
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the compiler makes of a kernel.
+
+    Attributes:
+        intermediate: PTX for NVIDIA, amdgcn assembly for AMD.
+        assembly: SASS for NVIDIA, amdgcn assembly for AMD.
+        binary: cubin or hsaco.
+        registers: 32-bit registers of a thread.
+        spills: bytes of a thread's registers that go to memory and back.
+        shared_bytes: shared memory (LDS) of a block.
+        config: block sizes, warps and stages that it was compiled with.
+    """
+
+    intermediate: str
+    assembly: str
+    binary: bytes
+    registers: int
+    spills: int
+    shared_bytes: int
+    config: Mapping[str, Any]
+
+
+def compile_kernel(source: str, name: str, target: Target) -> MachineCode:
+    """Compile the kernel `name` of a file that Inductor wrote, with the first of its configurations.
+
+    Args:
+        source: the complete file.
+        name: of the kernel.
+        target: what to compile for. Code for a virtual device is compiled inside `virtual_device`.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    with loaded(source) as module:
+        kernel = getattr(module, name)
+        meta, config = kernel.triton_meta, kernel.configs[0]
+        constants = {**meta["constants"], **config.kwargs}
+        signature = {key: "constexpr" if key in constants else kind for key, kind in meta["signature"].items()}
+        compiled = triton.compile(
+            ASTSource(kernel.fn, signature, constants, meta["configs"][0]),
+            target=GPUTarget(target.backend, target.arch, target.warp_size),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        )
+    used = {**kernel.inductor_meta.get("config_args", {}), **config.kwargs}
+    used |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    shared = int(compiled.metadata.shared)
+    if target.backend == "hip":
+        text, binary = compiled.asm["amdgcn"], compiled.asm["hsaco"]
+        return MachineCode(text, text, binary, *_amd_resources(text, target.warp_size), shared, used)
+    binary = compiled.asm["cubin"]
+    sass, usage = _disassemble(binary)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resources of {name}: {usage}")
+    return MachineCode(compiled.asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
+
+
+@contextmanager
+def loaded(source: str) -> Iterator[ModuleType]:
+    """The module of a kernel's file, which Triton reads the kernel's source from as long as it compiles."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location("vnm_inspected_kernel", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module
+        try:
+            spec.loader.exec_module(module)
+            yield module
+        finally:
+            del sys.modules[module.__name__]
+
+
+def _disassemble(binary: bytes) -> tuple[str, str]:
+    """SASS of a cubin and the line of its resources, from the tools that Triton's wheel carries."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+
+        def run(tool: Any, *options: str) -> str:
+            command = [tool.path, *options, str(path)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        return run(knobs.nvidia.nvdisasm, "-c"), run(knobs.nvidia.cuobjdump, "--dump-resource-usage")
+
+
+def _amd_resources(text: str, warp_size: int) -> tuple[int, int]:
+    """Vector registers of a thread, and bytes of them that are spilled, from the kernel's metadata."""
+
+    def entry(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    # A scalar register is one for the whole wavefront.
+    spilled = 4 * entry("vgpr_spill_count") + -(-4 * entry("sgpr_spill_count") // warp_size)
+    return entry("vgpr_count"), spilled

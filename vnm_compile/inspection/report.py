@@ -1,0 +1,216 @@
+"""What `vnm.inspect` returns: a record a kernel, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from vnm_compile.codegen.generate import GeneratedKernel
+from vnm_compile.codegen.targets import Target
+from vnm_compile.inspection.assembly import Instructions, count_instructions
+from vnm_compile.inspection.machine_code import MachineCode
+from vnm_compile.report.explanation import Explanation
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
+TOKENS = sympy.Symbol("T", positive=True)
+
+
+class Kernel:
+    """One generated kernel.
+
+    Attributes:
+        name: as the generated code calls it.
+        language: "triton" or "cpp".
+        source: the complete file that Inductor wrote.
+        fused_ops: the ops that it computes, in graph order.
+        template: the template it was made from, or None for Inductor's own pointwise and reduction kernels.
+        launches: how often one call of the model launches it.
+        graph: which of the model's graphs it belongs to.
+        code: what the compiler makes of it; None for C++.
+    """
+
+    def __init__(self, generated: GeneratedKernel, graph: int, code: MachineCode | None, target: Target | None) -> None:
+        self.graph = graph
+        self.name, self.language, self.source = generated.name, generated.language, generated.source
+        self.fused_ops, self.template = generated.schedule.fused_ops, generated.schedule.template
+        self.launches, self.schedule = generated.launches, generated.schedule
+        self.code, self._target = code, target
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Block sizes, warps and stages."""
+        return dict(self.code.config) if self.code else {}
+
+    @property
+    def ptx(self) -> str | None:
+        """PTX; None for AMD and C++."""
+        return self.code.intermediate if self.code and self._is("cuda") else None
+
+    @property
+    def amdgcn(self) -> str | None:
+        """AMD assembly; None for NVIDIA and C++."""
+        return self.code.intermediate if self.code and self._is("hip") else None
+
+    @property
+    def sass(self) -> str | None:
+        """NVIDIA machine code, disassembled; None for AMD and C++."""
+        return self.code.assembly if self.code and self._is("cuda") else None
+
+    @property
+    def binary(self) -> bytes | None:
+        """cubin or hsaco; None for C++."""
+        return self.code.binary if self.code else None
+
+    @property
+    def registers(self) -> int | None:
+        """32-bit registers of a thread."""
+        return self.code.registers if self.code else None
+
+    @property
+    def spills(self) -> int | None:
+        """Bytes of a thread's registers that go to memory and back."""
+        return self.code.spills if self.code else None
+
+    @property
+    def shared_bytes(self) -> int | None:
+        """Shared memory of a block."""
+        return self.code.shared_bytes if self.code else None
+
+    @cached_property
+    def instructions(self) -> Instructions | None:
+        """Instructions of the whole kernel."""
+        return count_instructions(self.code.assembly) if self.code else None
+
+    @cached_property
+    def loop(self) -> Instructions | None:
+        """Instructions of its hot loop."""
+        return count_instructions(self.code.assembly, loop_only=True) if self.code else None
+
+    @property
+    def bytes_moved(self) -> sympy.Expr:
+        """Bytes read and written, each once; in T, the tokens, where the kernel multiplies by a sparse weight."""
+        moved = (*self.schedule.reads, *self.schedule.writes)
+        fixed = sum(each.nbytes for each in moved if not each.activation)
+        return fixed + self._per_token(sum(each.nbytes for each in moved if each.activation))
+
+    @property
+    def flops(self) -> sympy.Expr:
+        """Floating-point operations of its matrix products, as carried out; in T as `bytes_moved`."""
+        return self._per_token(self.schedule.flops)
+
+    @property
+    def roofline_seconds(self) -> float | None:
+        """The least time a launch can take on the target: its bytes at full bandwidth, or its flops at full rate."""
+        if self._target is None:
+            return None
+        tokens = self.schedule.tokens or 1
+        moved, flops = (float(sympy.sympify(each).subs(TOKENS, tokens)) for each in (self.bytes_moved, self.flops))
+        dtype = self.schedule.dtype or torch.float32
+        rate = self._target.peak_flops(dtype, torch.backends.cuda.matmul.allow_tf32)
+        return max(moved / self._target.bandwidth, flops / rate)
+
+    def _per_token(self, total: int) -> sympy.Expr:
+        tokens = self.schedule.tokens
+        return sympy.Rational(total, tokens) * TOKENS if tokens else sympy.Integer(total)
+
+    def _is(self, backend: str) -> bool:
+        return self._target is not None and self._target.backend == backend
+
+
+@dataclass(frozen=True)
+class LibraryCall:
+    """A kernel that Inductor did not generate, such as attention or a dense matrix product: name, ops, flops."""
+
+    name: str
+    fused_ops: tuple[str, ...]
+    flops: int
+
+
+class KernelReport:
+    """`print` it, or take `.kernels`, `.library_calls`, `.explanation`, `.wrappers`; `.save(folder)` writes files."""
+
+    def __init__(
+        self,
+        kernels: Iterable[Kernel],
+        library_calls: Iterable[LibraryCall],
+        wrappers: Iterable[str],
+        explanation: Explanation,
+        target: Target | None,
+    ) -> None:
+        self.kernels, self.library_calls = list(kernels), list(library_calls)
+        self.wrappers, self.explanation, self.target = list(wrappers), explanation, target
+
+    def __getitem__(self, name: str) -> Kernel:
+        """The kernel called `name`."""
+        return next(kernel for kernel in self.kernels if kernel.name == name)
+
+    @property
+    def sparse(self) -> list[Kernel]:
+        """The kernels that multiply by a V:N:M weight."""
+        return [kernel for kernel in self.kernels if (kernel.template or "").startswith(("vnm_", "sparse_"))]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write every kernel's source, machine code, figures and a script that runs it alone; return the folder."""
+        from vnm_compile.inspection.save import save
+
+        return save(self, Path(folder))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        yield self._table()
+        if self.library_calls:
+            calls = ", ".join(f"{call.name} ({_short(call.fused_ops[-1:])})" for call in self.library_calls)
+            yield Text(f"not generated: {calls}")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=max(160, Console().width))
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def _table(self) -> Table:
+        from rich.table import Table
+
+        where = f"{self.target.name} ({self.target.card})" if self.target else "this machine's CPU"
+        table = Table(title=f"kernels for {where}", title_justify="left", expand=False)
+        table.add_column("kernel", overflow="fold", max_width=40)
+        table.add_column("computes", overflow="fold", max_width=32)
+        for column in ("runs", "registers", "spills", "shared", "tensor core", "loads by bytes", "MB", "floor us"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for kernel in self.kernels:
+            table.add_row(*_row(kernel))
+        return table
+
+
+def _row(kernel: Kernel) -> list[str]:
+    tokens = kernel.schedule.tokens or 1
+    moved = float(sympy.sympify(kernel.bytes_moved).subs(TOKENS, tokens)) / 1e6
+    floor = kernel.roofline_seconds
+    machine = ["", "", "", "", ""]
+    if kernel.code and kernel.instructions:
+        loads = " ".join(f"{width}:{times}" for width, times in kernel.instructions.loads.items())
+        machine = [
+            str(kernel.registers),
+            str(kernel.spills),
+            str(kernel.shared_bytes),
+            str(kernel.instructions.tensor_core or ""),
+            loads,
+        ]
+    time = f"{floor * 1e6:.2f}" if floor is not None else ""
+    return [kernel.name, _short(kernel.fused_ops), str(kernel.launches), *machine, f"{moved:.2f}", time]
+
+
+def _short(ops: Iterable[str]) -> str:
+    return " ".join(dict.fromkeys(op.removeprefix("aten.") for op in ops))

@@ -1,0 +1,68 @@
+"""Write a report to a folder: one folder a kernel, with a script that builds and runs that kernel alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+if TYPE_CHECKING:
+    from vnm_compile.codegen.targets import Target
+    from vnm_compile.inspection.report import Kernel, KernelReport
+
+_SCRIPT = Path(__file__).with_name("reproduce.py.txt")
+
+
+def save(report: KernelReport, folder: Path) -> Path:
+    """Write the report and the graphs' wrappers, and a folder a kernel: source, machine code, figures, a script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.txt").write_text(f"{report}\n{report.explanation}\n")
+    for i, wrapper in enumerate(report.wrappers):
+        (folder / f"graph_{i}.py").write_text(wrapper)
+    for kernel in report.kernels:
+        _save_kernel(kernel, folder / kernel.name, report.target)
+    return folder
+
+
+def _save_kernel(kernel: Kernel, folder: Path, target: Target | None) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps(figures(kernel), indent=2))
+    if kernel.language == "cpp":
+        (folder / "source.cpp").write_text(kernel.source)
+        return
+    (folder / "source.py").write_text(kernel.source)
+    for name, text in (("kernel.ptx", kernel.ptx), ("kernel.sass", kernel.sass), ("kernel.amdgcn", kernel.amdgcn)):
+        if text is not None:
+            (folder / name).write_text(text)
+    if kernel.binary is not None:
+        suffix = "cubin" if kernel.ptx is not None else "hsaco"
+        (folder / f"kernel.{suffix}").write_bytes(kernel.binary)
+    if target is not None:
+        script = _SCRIPT.read_text().replace("KERNEL_NAME", kernel.name)
+        script = script.replace("GRAPH_NAME", f"graph_{kernel.graph}.py").replace("TARGET_NAME", target.name)
+        (folder / "reproduce.py").write_text(script)
+
+
+def figures(kernel: Kernel) -> dict[str, Any]:
+    """What is known of a kernel, as JSON takes it; expressions in T, the tokens, as text."""
+    result: dict[str, Any] = {
+        "name": kernel.name,
+        "template": kernel.template,
+        "fused_ops": kernel.fused_ops,
+        "launches": kernel.launches,
+        "config": {key: str(value) for key, value in kernel.config.items()},
+        "bytes_moved": str(sympy.sympify(kernel.bytes_moved)),
+        "flops": str(sympy.sympify(kernel.flops)),
+        "tokens": kernel.schedule.tokens,
+        "roofline_seconds": kernel.roofline_seconds,
+        "registers": kernel.registers,
+        "spills": kernel.spills,
+        "shared_bytes": kernel.shared_bytes,
+    }
+    for part, counted in (("instructions", kernel.instructions), ("hot_loop", kernel.loop)):
+        if counted is not None:
+            result[part] = {"total": counted.total, "tensor_core": counted.tensor_core, "loads": counted.loads}
+            result[part]["names"] = counted.names
+    return result

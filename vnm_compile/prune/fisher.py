@@ -1,0 +1,153 @@
+"""VENOM's pruning: second order in the loss, in steps, with retraining between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vnm_compile.annotate import Layer
+from vnm_compile.errors import VNMError
+from vnm_compile.prune.calibrate import as_evaluated
+from vnm_compile.prune.empirical_fisher import Loss, fisher_blocks, parts_in_memory
+from vnm_compile.prune.saliency import prune_rows
+from vnm_compile.spec import KEPT_COLUMNS, Spec
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Prune what changes a loss least, as `vnm.sparsify(model, spec, method=Fisher(...))`.
+
+    Every step estimates the loss's curvature anew by the empirical Fisher matrix, in blocks of `block_size` weights of
+    a row; keeps, of each V x M block, the 4 columns and in every row the N weights whose complement costs the loss
+    least when removed jointly; moves the kept weights of a block to make up for it; and calls `retrain`. All layers
+    of a step are pruned by the curvature of the model as the step found it.
+
+    Memory: `memory` bytes for the Fisher at a time (`4 * block_size` bytes a weight in all: what does not fit takes
+    another pass over the gradients), about 300 MB beside it, a copy of the pruned weights, and with `retrain` a copy
+    of the model to return to on an error.
+
+    Source: VENOM, arXiv 2310.02065, section 5, after oBERT, arXiv 2203.07259. Unlike theirs, groups of one block are
+    pruned in turn, each knowing the ones before, and the damping is relative.
+
+    Attributes:
+        loss: `loss(model, batch)`, a scalar to be differentiated; None takes the squared distance of the model's
+            first output to what it is now.
+        num_grads: gradients that are averaged, one a batch of calibration data: small batches make a better estimate.
+            With a `loss` no more than there are batches.
+        block_size: weights of a row that are coupled, rounded down to a multiple of M (but M at least).
+        damping: added to the diagonal of the Fisher of every V rows, as a share of its mean.
+        steps: steps from dense to the pattern; step by step fewer of M weights are kept, as in VENOM's recipe from
+            half of the final sparsity on (5, 4, 3, 2 of 8 in 4 steps).
+        retrain: called as `retrain(model, step)` after each step, counted from 1. Pruned weights stay zero in it:
+            their gradients are masked, and the mask is put on the weights again at its end.
+        memory: bytes of Fisher blocks that are held at a time, though never less than V rows of a layer.
+    """
+
+    loss: Loss | None = None
+    num_grads: int = 1024
+    block_size: int = 32
+    damping: float = 0.01
+    steps: int = 1
+    retrain: Callable[[nn.Module, int], Any] | None = None
+    memory: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("num_grads", "block_size", "steps", "memory", "damping"):
+            if not getattr(self, name) > 0:
+                raise VNMError(f"Fisher({name}={getattr(self, name)!r}): it must be larger than 0.")
+
+
+def relaxed(spec: Spec, step: int, steps: int) -> tuple[int, int]:
+    """How many columns a block keeps and how many weights a row and group, after step 1 ... `steps`.
+
+    Sparsity rises linearly from half of the pattern's; columns stay in the pattern's ratio to weights, 4 to N.
+
+    >>> [relaxed(Spec(64, 2, 8), step, 4) for step in (1, 2, 3, 4)]
+    [(8, 5), (8, 4), (6, 3), (4, 2)]
+    """
+    if step == steps:
+        return KEPT_COLUMNS, spec.n
+    share = 0.5 + 0.5 * (step - 1) / (steps - 1)
+    kept = max(spec.n, round(spec.m * (1 - share * (1 - spec.density))))
+    return min(spec.m, kept * KEPT_COLUMNS // spec.n), kept
+
+
+def prune_by_fisher(
+    model: nn.Module, selected: Sequence[tuple[Layer, Spec]], batches: Sequence[Any], options: Fisher, bar: Progress
+) -> None:
+    """Prune the selected layers in place."""
+    for step in range(1, options.steps + 1):
+        task = bar.add_task(f"step {step} of {options.steps}: gradients and pruning", total=len(selected))
+        with as_evaluated(model):
+            pruned = _step(model, selected, batches, options, step, partial(bar.update, task))
+        with torch.no_grad():
+            for layer, _ in selected:
+                layer.weight.copy_(pruned[layer.name])
+        if options.retrain is not None:
+            with hold_masks([layer for layer, _ in selected]):
+                options.retrain(model, step)
+
+
+def _step(
+    model: nn.Module,
+    selected: Sequence[tuple[Layer, Spec]],
+    batches: Sequence[Any],
+    options: Fisher,
+    step: int,
+    update: Callable[..., None],
+) -> dict[str, Tensor]:
+    """The weights after one step; the model keeps its own, so that all layers see the same curvature."""
+    pruned = {layer.name: layer.weight.detach().clone() for layer, _ in selected}
+    total, done = sum(weight.numel() for weight in pruned.values()), 0
+    for parts in parts_in_memory(selected, options.block_size, options.memory):
+        blocks = fisher_blocks(model, parts, batches, options.loss, options.num_grads)
+        for part, fisher in zip(parts, blocks, strict=True):
+            weight = part.layer.weight.detach()
+            _damp(fisher, part.spec.v, options.damping)
+            columns, kept = relaxed(part.spec, step, options.steps)
+            free = part.cut(weight) != 0 if step > 1 else part.cut(torch.ones_like(weight)) != 0
+            new = prune_rows(part.cut(weight), fisher, free, part.spec, columns, kept)
+            pruned[part.layer.name][part.start : part.stop] = new.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+            done += new.numel()
+            update(completed=len(selected) * min(1.0, done / total))
+        del blocks
+    return pruned
+
+
+def _damp(fisher: Tensor, v: int, damping: float) -> None:
+    """Add a share of the mean diagonal of every V rows, which prune together: so the result is that of any memory."""
+    diagonal = fisher.diagonal(dim1=-2, dim2=-1)
+    for rows in diagonal.split(v):
+        mean = rows.mean()
+        # Without any gradient all weights are alike, and the choice is by magnitude.
+        rows.add_(torch.where(mean > 0, damping * mean, 1.0))
+
+
+@contextmanager
+def hold_masks(layers: Sequence[Layer]) -> Iterator[None]:
+    """Keep the zeros of these layers' weights zero while a model is trained."""
+    weights: list[Tensor] = [layer.module.weight for layer in layers]  # type: ignore[misc]
+    masks = [weight.detach() != 0 for weight in weights]
+    hooks = [
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+        for weight, mask in zip(weights, masks, strict=True)
+        if weight.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        for layer, mask in zip(layers, masks, strict=True):
+            weight: Tensor = layer.module.weight  # type: ignore[assignment]
+            weight.mul_(mask)
