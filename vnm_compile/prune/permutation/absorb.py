@@ -95,7 +95,9 @@ class ChannelOrders:
         """One line an order: its weights, and whether it is free or why not."""
         lines = []
         for order in self.orders:
-            shown = ", ".join(order.weights[:4]) + (f" and {len(order.places) - 4} more" if len(order.places) > 4 else "")
+            shown = ", ".join(order.weights[:4]) + (
+                f" and {len(order.places) - 4} more" if len(order.places) > 4 else ""
+            )
             blocks = "" if order.block == order.size else f" in blocks of {order.block}"
             lines.append(f"{order.size} channels of {shown}: " + (order.reason or f"free{blocks}"))
         return "\n".join(lines)
@@ -130,7 +132,7 @@ def find_channel_orders(model: nn.Module, batch: Any) -> ChannelOrders:
     layouts: Layouts = {}
     own: dict[str, Layout] = {}
     for node in graph.nodes:
-        if node.op == "placeholder" and node.name in names:
+        if node.op == "placeholder" and node.name in names and node.users:
             parameter = model.get_parameter(names[node.name])
             name = first_name[id(parameter)]
             if name not in own:

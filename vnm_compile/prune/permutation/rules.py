@@ -22,6 +22,7 @@ from vnm_compile.prune.permutation.orders import (
     fixed,
     is_open,
     pin,
+    pin_incomplete,
     recut,
     resolve,
     size_of,
@@ -132,7 +133,11 @@ def _same(step: Step) -> Layout:
 
 
 def _softmax(step: Step) -> Layout:
-    return step.layout(0)  # what it does is the same for every order
+    """Of any order, unless it is over blocks, and so compares channels of one place in each."""
+    layout = step.layout(0)
+    dim = step.argument("dim") % len(layout)
+    pin_incomplete(layout[:dim] + layout[dim + 1 :], step.why)
+    return layout
 
 
 def _view(step: Step) -> Layout:
@@ -229,6 +234,8 @@ def _attention(step: Step) -> Layout:
     if mask is not None:
         pin(step.of(mask), step.why)
     pin((q[-2],), step.why)
+    for summed in (q[:-1], k[:-1], k[:-2]):  # by the products, and by softmax
+        pin_incomplete(summed, step.why)
     unify([(q[-1], k[-1]), *_batch_pairs(q, k)], step.why)
     unify([(k[-2], v[-2]), *_batch_pairs(k, v)], step.why)
     batch = []
@@ -240,6 +247,7 @@ def _attention(step: Step) -> Layout:
 
 def _norm(step: Step) -> Layout:
     x = step.layout(0)
+    pin_incomplete(x[: -len(step.argument("normalized_shape"))], step.why)
     for name in ("weight", "bias"):
         parameter = step.argument(name)
         if parameter is not None:
