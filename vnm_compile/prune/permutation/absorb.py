@@ -21,7 +21,6 @@ from vnm_compile.prune.permutation.orders import (
     ChannelAxis,
     Dim,
     Layout,
-    fixed,
     new_axis,
     pin,
     pin_incomplete,
@@ -59,6 +58,13 @@ class ChannelOrder:
         assert self.axis is not None
         return positions(dim, self.axis)
 
+    def index(self, dim: Dim, permutation: Tensor) -> Tensor:
+        """What brings a dimension into a new order, as `index_select` takes it."""
+        assert self.axis is not None
+        index = reordered(dim, self.axis, permutation)
+        assert index is not None
+        return index
+
 
 class ChannelOrders:
     """The channel orders of a model, those that are free and those that are not."""
@@ -83,13 +89,11 @@ class ChannelOrders:
             VNMError: the order is not free, or the permutation is none, or moves a channel out of its block.
         """
         _check(order, permutation)
-        assert order.axis is not None
         with torch.no_grad():
             for name, dim, digits in order.places:
                 parameter = self._parameters[name]
-                index = reordered(digits, order.axis, permutation)
-                assert index is not None
-                parameter.copy_(parameter.index_select(dim, index.to(parameter.device)))
+                index = order.index(digits, permutation).to(parameter.device)
+                parameter.copy_(parameter.index_select(dim, index))
 
     def explain(self) -> str:
         """One line an order: its weights, and whether it is free or why not."""

@@ -5,7 +5,8 @@ layer. Tensors hold its channels in one dimension, or, once a view has split hea
 `H * D` becomes the digits `H` and `D` of the channel's number. An order may then still be changed inside each head, for
 each head differently, which is what `ChannelAxis.block` records: channels stay in their block of `block` channels.
 
-Axes that meet in an operation become one (`unify`). An axis whose order turns out to matter is *pinned*, with the reason.
+Axes that meet in an operation become one (`unify`). An axis whose order turns out to matter is *pinned*, with the
+reason.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def tiles(digits: Iterable[tuple[int, int]], size: int) -> bool:
 
 
 def pin_incomplete(layout: Layout, reason: str) -> None:
-    """Pin the axes of which a tensor holds the free digit, but not, once each, the digits that say which block it is."""
+    """Pin the axes of which a tensor holds the free digit, but not, once each, the digits that number the blocks."""
     by_axis: dict[ChannelAxis, list[Digit]] = {}
     for dim in layout:
         for digit in resolve(dim):

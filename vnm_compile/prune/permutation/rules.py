@@ -188,10 +188,10 @@ def _cat(step: Step) -> Layout:
     layouts = [step.of(node) for node in step.argument(0)]
     changed = step.argument("dim", 0) % len(step.shape)
     pin([layout[changed] for layout in layouts], step.why)
-    others = [layout[:changed] + ((Digit(1),),) + layout[changed + 1 :] for layout in layouts]
+    others = [(*layout[:changed], (Digit(1),), *layout[changed + 1 :]) for layout in layouts]
     shape = [1 if i == changed else size for i, size in enumerate(step.shape)]
     combined = _combine(shape, others, step.why)
-    return combined[:changed] + ((Digit(step.shape[changed]),),) + combined[changed + 1 :]
+    return (*combined[:changed], (Digit(step.shape[changed]),), *combined[changed + 1 :])
 
 
 def _linear(step: Step) -> Layout:

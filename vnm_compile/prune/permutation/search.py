@@ -2,13 +2,14 @@
 
 An order of channels is the order of columns of some weights and of rows of others. What V:N:M keeps of them depends on
 which columns share a group of M, and which rows a block of V. The search improves the order step by step: it takes a
-set of channels no two of which share a group, and finds their best exchange of places, a linear assignment problem. The
-value of a place for a channel is what its groups and blocks keep if they take, beside the channel, what they took before
-(columns: three of the columns kept so far, or four without the channel; rows: the same columns as so far). That is a
-lower bound, exact for the present order, and it adds up over the channels: so no step makes the total smaller.
+set of channels no two of which share a group, and finds their best exchange of places, a linear assignment problem.
 
-Source: "Beyond 2:4", arXiv 2410.16135, which alternates assignment problems for input and output channels; channels that
-are rows of one weight and columns of another are moved for both at once here, and the bound is ours.
+The value of a place for a channel is what its groups and blocks keep if they take, beside the channel, what they took
+before (columns: three of the columns kept so far, or four without the channel; rows: the same columns as so far). That
+is a lower bound, exact for the present order, and it adds up over the channels: no step makes the total smaller.
+
+Source: "Beyond 2:4", arXiv 2410.16135, which alternates assignment problems for input and output channels. Channels
+that are rows of one weight and columns of another are moved for both at once here, and the bound is ours.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def _channels(uses: Sequence[Use]) -> int:
 
 def _movable(uses: Sequence[Use], block: int) -> tuple[list[ColumnUse], list[RowUse]]:
     """The uses for which the order makes a difference."""
-    columns, rows = [], []
+    columns: list[ColumnUse] = []
+    rows: list[RowUse] = []
     for use in uses:
         total = use.scores.sum(dtype=torch.float64)
         if total <= 0:
@@ -125,8 +127,11 @@ def _movable(uses: Sequence[Use], block: int) -> tuple[list[ColumnUse], list[Row
             continue
         if use.dim == 1 and place.shape[1] > 1 and bool((units.sort(1).values.diff(dim=1) == 0).any()):
             continue  # copies of one channel in one group: its value there is not a sum over copies
-        kind = ColumnUse if use.dim == 1 else RowUse
-        (columns if use.dim == 1 else rows).append(kind((use.scores.float() / total.float()), use.spec, place))  # type: ignore[arg-type]
+        shares = use.scores.float() / total.float()
+        if use.dim == 1:
+            columns.append(ColumnUse(shares, use.spec, place))
+        else:
+            rows.append(RowUse(shares, use.spec, place))
     return columns, rows
 
 
@@ -160,7 +165,7 @@ def _assign(columns: Sequence[ColumnUse], rows: Sequence[RowUse], places: Tensor
         raise VNMError('channel permutation needs SciPy; run pip install "vnm-compile[prune]".') from error
     worth = torch.zeros(len(places), len(places), dtype=torch.float64)
     for each in (*columns, *rows):
-        worth += each.worth(places).double()
+        worth += each.worth(places).double().cpu()
     home = places // block
     worth[home.unsqueeze(1) != home] = -1e6  # the worth of a place is a share, at most 1 a use
     place, source = map(torch.from_numpy, linear_sum_assignment(worth.numpy(), maximize=True))
@@ -173,4 +178,4 @@ def _moved(use: Use, order: Tensor) -> Tensor:
     place = use.positions if use.positions is not None else torch.arange(len(order)).unsqueeze(1)
     index = torch.arange(use.scores.shape[use.dim])
     index[place] = place[order]
-    return use.scores.index_select(use.dim, index)
+    return use.scores.index_select(use.dim, index.to(use.scores.device))

@@ -19,7 +19,7 @@ class _Use:
         rows, groups = spec.rows(out_features), spec.groups(in_features)
         pad = (0, groups * spec.m - in_features, 0, rows - out_features)
         self.spec = spec
-        self.positions = positions
+        self.positions = positions.to(scores.device)
         self.scores = torch.nn.functional.pad(scores, pad)
         start = choose_columns(self._blocks(slice(None)), spec) if spec.m <= 8 else None
         self.kept = start if start is not None else self._first_columns()  # [B, G, 4]
@@ -40,6 +40,14 @@ class _Use:
         """The 4 columns of the largest sums."""
         parts = [self._blocks(each).sum(2).topk(KEPT_COLUMNS, dim=2).indices for each in self._chunks()]
         return torch.cat(parts).sort(2).values
+
+    def worth(self, places: Tensor) -> Tensor:
+        """What is kept at each of these places with the channel of each in it, at the least: `[places, channels]`."""
+        raise NotImplementedError
+
+    def move(self, places: Tensor, sources: Tensor) -> None:
+        """Give each place the channel that is in `sources` at present."""
+        raise NotImplementedError
 
     def value(self) -> float:
         """The sum of scores that is kept."""
@@ -77,7 +85,7 @@ class ColumnUse(_Use):
 
         The places are in different groups; channels are named by the places they have at present.
         """
-        total = torch.zeros(len(places), len(places))
+        total = self.scores.new_zeros(len(places), len(places))
         for copy in range(self.positions.shape[1]):
             columns = self.positions[places, copy]
             for chunk in self._chunks():
@@ -127,7 +135,7 @@ class RowUse(_Use):
 
     def worth(self, places: Tensor) -> Tensor:
         """What is kept of each channel's rows in the block of each place: `[places, channels]`."""
-        total = torch.zeros(len(places), len(places))
+        total = self.scores.new_zeros(len(places), len(places))
         for copy in range(self.positions.shape[1]):
             rows = self.positions[places, copy]
             blocks, which = (rows // self.spec.v).unique(return_inverse=True)
