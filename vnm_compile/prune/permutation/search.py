@@ -6,7 +6,9 @@ set of channels no two of which share a group, and finds their best exchange of 
 
 The value of a place for a channel is what its groups and blocks keep if they take, beside the channel, what they took
 before (columns: three of the columns kept so far, or four without the channel; rows: the same columns as so far). That
-is a lower bound, exact for the present order, and it adds up over the channels: no step makes the total smaller.
+is a lower bound, exact for the present order, and it adds up over the channels: no step makes the total smaller. Such
+steps alone end in a poor order, so the values get noise at first, less in every sweep (annealing), and the best order
+that was met is what counts.
 
 Source: "Beyond 2:4", arXiv 2410.16135, which alternates assignment problems for input and output channels. Channels
 that are rows of one weight and columns of another are moved for both at once here, and the bound is ours.
@@ -25,8 +27,11 @@ from vnm_compile.prune.permutation.uses import ColumnUse, RowUse
 from vnm_compile.prune.project import project
 from vnm_compile.spec import Spec
 
-MOST_SWEEPS = 6
-LEAST_GAIN = 5e-4
+HEAT = 0.6
+_SWEEPS = (30, 200)  # at least, at the most
+_MOVES = 16384  # of single channels, between the two
+_LEAST_GAIN = 1e-5
+_COLD = 0.75  # the share of the sweeps after which there is no noise any more
 _MOST_AT_ONCE = 1024  # channels of one assignment problem: bounds its time and the memory of its matrix
 
 
@@ -54,7 +59,7 @@ def retained(scores: Tensor, spec: Spec) -> float:
 
 
 def search(
-    uses: Sequence[Use], block: int | None = None, seed: int = 0, sweeps: int = MOST_SWEEPS
+    uses: Sequence[Use], block: int | None = None, seed: int = 0, sweeps: int | None = None, heat: float = HEAT
 ) -> tuple[Tensor, float, float]:
     """Return an order of channels under which the uses keep more, or the present order.
 
@@ -64,8 +69,9 @@ def search(
     Args:
         uses: the weights that follow the order; each weight once.
         block: channels may change places only with those of the same `channel // block`; anywhere when None.
-        seed: of the order in which channels are tried; the result depends on nothing else.
-        sweeps: how often, at the most, every channel is moved.
+        seed: of the order in which channels are tried, and of the noise; the result depends on nothing else.
+        sweeps: how often, at the most, every channel is moved; None takes more of them for fewer channels.
+        heat: noise of the first sweep, as a share of the spread of values; 0 only ever goes uphill.
 
     Returns:
         order: int64 `[channels]`, the present number of the channel that each new place gets.
@@ -82,22 +88,26 @@ def search(
     if not columns and not rows:
         return order, before, before
     generator = torch.Generator().manual_seed(seed)
-    value = sum(each.value() for each in (*columns, *rows))
-    for _ in range(sweeps):
+    best, value = order.clone(), sum(each.value() for each in (*columns, *rows))
+    sweeps = min(max(_MOVES // size, _SWEEPS[0]), _SWEEPS[1]) if sweeps is None else sweeps
+    for sweep in range(sweeps):
+        noise = heat * max(0.0, 1 - sweep / (_COLD * sweeps))
         for places in _independent_sets(columns, size, generator):
-            sources = _assign(columns, rows, places, block)
+            sources = _assign(columns, rows, places, block, noise, generator)
             if sources is None:
                 continue
             order[places] = order[sources]
             for each in (*columns, *rows):
                 each.move(places, sources)
-        previous, value = value, sum(each.value() for each in (*columns, *rows))
-        if value - previous < LEAST_GAIN * previous:
+        previous, found = value, sum(each.value() for each in (*columns, *rows))
+        if found > value:
+            best, value = order.clone(), found
+        if noise == 0 and value - previous < _LEAST_GAIN * previous:
             break
-    after = sum(retained(_moved(use, order), use.spec) for use in uses)
+    after = sum(retained(_moved(use, best), use.spec) for use in uses)
     if after <= before:
         return torch.arange(size), before, before
-    return order, before, after
+    return best, before, after
 
 
 def _channels(uses: Sequence[Use]) -> int:
@@ -157,7 +167,14 @@ def _independent_sets(columns: Sequence[ColumnUse], size: int, generator: torch.
     return sets
 
 
-def _assign(columns: Sequence[ColumnUse], rows: Sequence[RowUse], places: Tensor, block: int) -> Tensor | None:
+def _assign(
+    columns: Sequence[ColumnUse],
+    rows: Sequence[RowUse],
+    places: Tensor,
+    block: int,
+    noise: float,
+    generator: torch.Generator,
+) -> Tensor | None:
     """The best exchange of places among these channels: the channel that each place gets; None if that is no change."""
     try:
         from scipy.optimize import linear_sum_assignment
@@ -166,6 +183,10 @@ def _assign(columns: Sequence[ColumnUse], rows: Sequence[RowUse], places: Tensor
     worth = torch.zeros(len(places), len(places), dtype=torch.float64)
     for each in (*columns, *rows):
         worth += each.worth(places).double().cpu()
+    if noise > 0:
+        # What is the same for a whole row or column of the matrix makes no difference to the assignment.
+        differing = worth - worth.mean(0) - worth.mean(1, keepdim=True) + worth.mean()
+        worth += noise * differing.square().mean().sqrt() * torch.randn(worth.shape, generator=generator).double()
     home = places // block
     worth[home.unsqueeze(1) != home] = -1e6  # the worth of a place is a share, at most 1 a use
     place, source = map(torch.from_numpy, linear_sum_assignment(worth.numpy(), maximize=True))
