@@ -106,13 +106,13 @@ def test_scipy_is_asked_for(monkeypatch):
 class Gelu(nn.Module):
     """A feed-forward layer of whichever kind of linear; its hidden channels differ much in size."""
 
-    def __init__(self, conv1d=False):
+    def __init__(self, conv1d=False, width=128):
         super().__init__()
         torch.manual_seed(0)
-        self.up, self.down, self.norm = nn.Linear(32, 128), nn.Linear(128, 32), nn.LayerNorm(32)
-        size = torch.randn(128, 1).exp()
+        self.up, self.down, self.norm = nn.Linear(32, width), nn.Linear(width, 32), nn.LayerNorm(32)
+        size = torch.randn(width, 1).exp()
         with torch.no_grad():
-            self.up.weight.copy_(size * torch.randn(128, 32).pow(3))
+            self.up.weight.copy_(size * torch.randn(width, 32).pow(3))
             self.down.weight.mul_(size.T.roll(5, 1))
         if conv1d:
             for name in ("up", "down"):
@@ -155,23 +155,42 @@ def test_permute_keeps_more_of_every_layer_and_lowers_its_error(method, conv1d):
     assert "kept permuted" not in str(unpermuted)
 
 
-def test_a_pattern_that_drops_nothing_shows_that_the_model_is_the_same():
-    """At V:2:4 on weights that follow it already nothing is pruned: what differs is the order alone."""
+def test_layers_that_are_not_pruned_move_along():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=60, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=16,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
+    before = copy.deepcopy(model.state_dict())
     batch = {"input_ids": torch.arange(14).view(2, 7)}
-    dense = copy.deepcopy(model)
     spec = {"*.mlp.gate_proj": "16:2:8", "*": None}
     report = vnm.sparsify(model, spec, calibration=[batch], permute=True, progress=False)
-    # Gate is pruned; with its dense weight back, in the order found, the model is what it was.
-    order = dense.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight
-    assert not torch.equal(*order), "a layer that is not pruned moves along"
-    assert torch.equal(order[0].sort().values.sum(1).sort().values, order[1].sort().values.sum(1).sort().values)
     assert [layer.name for layer in report.layers] == [f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)]
+    for name in ("embed_tokens", "layers.0.mlp.up_proj", "layers.1.self_attn.q_proj"):
+        old, new = before[f"model.{name}.weight"], model.get_submodule(f"model.{name}").weight
+        assert not torch.equal(old, new)
+        assert torch.equal(old.flatten().sort().values, new.flatten().sort().values), name
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_whose_channels_were_shuffled_is_pruned_without_loss():
+    """Its weight would follow the pattern in another order: that is found, and no gather is left."""
+    model = Gelu(width=64)
+    follows = torch.randn(64, 32) * vnm.prune.project(torch.rand(64, 32), PATTERN)
+    with torch.no_grad():
+        model.up.weight.copy_(follows[torch.randperm(64)])
+    x = data()[0]
+    expected = model(x)
+    assert not vnm.matches(model.up.weight, PATTERN)
+    report = vnm.sparsify(model, PATTERN, include="up", calibration=[x], permute=True, progress=False)
+    assert report.layers[0].retained == 1.0
+    assert vnm.matches(model.up.weight, PATTERN)
+    torch.testing.assert_close(model(x), expected)
+    compiled = torch.compile(model, backend="vnm")
+    torch.testing.assert_close(compiled(x), expected)
+    graph = torch.export.export(model, (x,)).graph
+    assert not [node for node in graph.nodes if "index" in str(node.target) or "gather" in str(node.target)]
 
 
 def test_the_permuted_dense_model_computes_the_same():
