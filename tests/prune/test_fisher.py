@@ -199,7 +199,7 @@ def test_retraining_between_steps_keeps_the_masks_and_helps(trained):
         vnm.sparsify(net, "16:2:8", options, calibration=batches, progress=False)
         assert vnm.matches(net[2].weight, "16:2:8")
         losses[name] = total_loss(net, unseen)
-    # A row keeps at the most 5, 4, 3, 2 of 8; less where the columns that its block drops held more of what it had left.
+    # A row keeps at the most 5, 4, 3, 2 of 8; less where the columns that its block drops held more of what was left.
     assert [step for step, _ in seen] == [1, 2, 3, 4]
     assert [share for _, share in seen] == pytest.approx([0.375, 0.5, 0.625, 0.75], abs=0.02)
     assert losses["steps"] < 0.8 * losses["once"]
