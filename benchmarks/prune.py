@@ -100,16 +100,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     specs = list(dict.fromkeys(row["spec"] for row in rows))
-    figure = Figure(figsize=(4.5 * len(specs), 1 + 0.35 * len(rows) / len(specs)), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(specs), 1 + 0.35 * len(rows) / len(specs)), layout="constrained")
     for axes, spec in zip(figure.subplots(1, len(specs), squeeze=False)[0], specs, strict=True):
         shown = [row for row in rows if row["spec"] == spec]
         colours = ["tab:orange" if "permutation" in row["method"] else "tab:blue" for row in shown]
         bars = axes.barh([row["method"] for row in shown], [row["output_error"] for row in shown], color=colours)
         axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
         axes.invert_yaxis()
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.set_title(f"MiniLM, {spec}")
-        axes.set_xlabel("mean relative output error, held-out text")
+        axes.set_xlabel("mean output error, held-out text")
     figure.savefig(path, dpi=120)
 
 
