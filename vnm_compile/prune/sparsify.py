@@ -72,7 +72,7 @@ def sparsify(
         permute: reorder channels first, wherever their order is free: the model computes what it did, and keeps more of
             its importance under the pattern (`vnm_compile.prune.permute`). Needs calibration data for every method, of
             which the first batch says how channels run through the model, and SciPy. Weights of other layers, biases,
-            norms and embeddings move along. The result depends on the arguments only, so that `checkpoint` goes on.
+            norms and embeddings move along. A run that goes on from its `checkpoint` searches again and finds the same.
         progress: show a progress bar while it runs.
 
     Returns:
