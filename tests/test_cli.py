@@ -97,6 +97,26 @@ def test_prune_llama_by_the_module(tmp_path, llama, text):
     assert not (out / "pytorch_model.bin").exists(), "other copies of the dense weights are left behind"
 
 
+def test_permute_keeps_what_the_model_computes_but_for_what_is_pruned(tmp_path, llama, text):
+    out = tmp_path / "sparse"
+    arguments = ["--spec", "16:2:8", "--permute", "--include", "*.mlp.gate_proj", "--samples", 4, "--length", 16]
+    shown = run("prune", llama, *arguments, "--calibration", text, "--out", out)
+    assert "2 layers are 16:2:8" in one_line(shown)
+    report = json.loads((out / "pruning.json").read_text())
+    assert all(layer["importance_after"] > layer["importance_before"] for layer in report["layers"])
+    dense, sparse = (LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (llama, out))
+    up = [model.model.layers[0].mlp.up_proj.weight for model in (dense, sparse)]
+    assert not torch.equal(*up), "layers that are not pruned move along"
+    with torch.no_grad():
+        for model in (dense, sparse):
+            for layer in model.model.layers:
+                layer.mlp.gate_proj.weight.fill_(0.01)
+        ids = torch.arange(20).view(2, 10)
+        torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    message = run("prune", llama, "--spec", "16:2:8", "--permute", "--out", tmp_path / "other", code=1)
+    assert "permute=True needs calibration data" in one_line(message)
+
+
 def test_calibration_from_tensors(tmp_path, llama):
     file = tmp_path / "inputs.safetensors"
     save_file({"input_ids": torch.randint(0, 30522, (6, 16))}, file)

@@ -106,6 +106,23 @@ def test_a_llama_layer():
     assert report.kernels[position + 1] is report.sparse[3]
 
 
+class Literals(nn.Module):
+    """Makes tensors of numbers where its input is, as transformers' caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = make_sparse_(nn.Linear(128, 64), "16:2:8").to(torch.bfloat16)
+
+    def forward(self, x):
+        empty = torch.tensor([], dtype=x.dtype, device=x.device)
+        return torch.cat([self.linear(x) * torch.tensor([0.5], dtype=x.dtype, device=x.device), empty.view(0, 64)])
+
+
+def test_tensors_made_of_numbers():
+    report = vnm.inspect(Literals().eval(), torch.randn(8, 128, dtype=torch.bfloat16), target="sm_86")
+    assert len(report.sparse) == 1
+
+
 def test_what_was_inspected_before_makes_no_difference():
     model = feed_forward()
     sources = []

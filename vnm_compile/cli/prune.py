@@ -26,6 +26,9 @@ def prune(
     calibration: Annotated[
         Path | None, typer.Option(help="Text, or a .safetensors file of model inputs; most methods need it.")
     ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="Reorder channels first; outputs stay the same. Needs --calibration.")
+    ] = False,
     include: Selectors = None,
     exclude: Selectors = None,
     samples: Annotated[int, typer.Option(help="Passages of calibration data.", min=1)] = 256,
@@ -44,7 +47,9 @@ def prune(
     with console.status(f"loading {model_dir}"):
         model = load_model(model_dir)
         batches = load_batches(calibration, model_dir, model, samples, length, batch_size) if calibration else None
-    report = vnm.sparsify(model, pattern, method, include=include, exclude=exclude, calibration=batches)
+    report = vnm.sparsify(
+        model, pattern, method, include=include, exclude=exclude, calibration=batches, permute=permute
+    )
     with console.status(f"writing {out}"):
         write_model(model, model_dir, out, {REPORT: report.to_dict()})
     typer.echo(str(report))

@@ -45,6 +45,7 @@ def relocate(gm: fx.GraphModule, device: torch.device | str) -> tuple[fx.GraphMo
     graph.output(graph.graph_copy(gm.graph, new))
     result = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
     result.meta = dict(gm.meta)
+    _hold_literals(result)
     for node in graph.nodes:
         # Autocast regions are for a type of device.
         name = device.type if "autocast" in str(node.target) else str(device)
@@ -59,6 +60,18 @@ def relocate(gm: fx.GraphModule, device: torch.device | str) -> tuple[fx.GraphMo
             setattr(result, name, moved)
     result.recompile()
     return result, constants
+
+
+def _hold_literals(gm: fx.GraphModule) -> None:
+    """Turn tensors that the graph makes of numbers into attributes: tracing would make them on the device."""
+    for i, node in enumerate(gm.graph.find_nodes(op="call_function", target=torch.tensor)):
+        if node.all_input_nodes:
+            continue
+        name = f"literal_{i}"
+        gm.register_buffer(name, torch.tensor(*node.args, **{**node.kwargs, "device": "cpu"}))
+        with gm.graph.inserting_before(node):
+            node.replace_all_uses_with(gm.graph.get_attr(name))
+        gm.graph.erase_node(node)
 
 
 def _lift_constants(gm: fx.GraphModule) -> list[Tensor]:

@@ -101,6 +101,38 @@ def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[
     return [moment / count for moment, count in zip(sums, counts, strict=True)]
 
 
+def input_energy(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any]) -> list[Tensor | None]:
+    """Return the mean square of each input of each layer over all tokens: float32 `[K]`; None where none reached it.
+
+    Raises:
+        VNMError: inputs that are not finite.
+    """
+    sums: list[Tensor | None] = [None] * len(layers)
+    counts = [0] * len(layers)
+
+    def hook(index: int) -> Any:
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = layer_input(args, kwargs).float()
+            total, squares = sums[index], x.square().sum(0)
+            sums[index] = squares if total is None else total + squares
+            counts[index] += x.shape[0]
+
+        return gather
+
+    hooks = [layer.module.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        with torch.no_grad(), as_evaluated(model):
+            for batch in batches:
+                run_model(model, batch)
+    finally:
+        for each in hooks:
+            each.remove()
+    for layer, total in zip(layers, sums, strict=True):
+        if total is not None and not total.isfinite().all():
+            raise at_layer(layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.")
+    return [total / n if total is not None and n else None for total, n in zip(sums, counts, strict=True)]
+
+
 def unreached(model: nn.Module, layer: Layer) -> VNMError:
     """The error for a layer that saw no input, with the reason where it is known."""
     parent = model.get_submodule(layer.name.rpartition(".")[0])

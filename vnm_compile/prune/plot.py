@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def plot_layers(layers: Sequence[LayerPruned], title: str, path: str | Path) -> None:
-    """Draw one bar a layer: its relative output error where it was measured, else the share of the norm it lost.
+    """Draw bars for each layer: its relative output error where it was measured, else the share of the norm it lost.
+
+    After a permutation, two more: the share of the importance lost in the model's own order, and in the one found.
 
     Raises:
         VNMError: matplotlib is not installed, or cannot write such a file.
@@ -29,6 +31,9 @@ def plot_layers(layers: Sequence[LayerPruned], title: str, path: str | Path) -> 
     }
     measured = {name: values for name, values in series.items() if None not in values}
     shown = dict(list(measured.items())[: max(1, len(measured) - 1)])  # the norm only where nothing better is known
+    if all(layer.importance_after is not None for layer in layers):
+        shown["importance lost, own order"] = [1 - (layer.importance_before or 0) for layer in layers]
+        shown["importance lost, permuted"] = [1 - (layer.importance_after or 0) for layer in layers]
     figure = Figure(figsize=(8, 1.2 + 0.22 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     height = 0.8 / len(shown)

@@ -104,13 +104,13 @@ def grow_columns(blocks: Tensor, n: int, width: int = KEPT_COLUMNS) -> Tensor:
     """
     columns = blocks.new_zeros(blocks.shape[0], 0, dtype=torch.int64)
     for _ in range(width):
-        columns = torch.cat([columns, _value_with_each(blocks, columns, n).argmax(1, keepdim=True)], 1)
+        columns = torch.cat([columns, value_with_each(blocks, columns, n).argmax(1, keepdim=True)], 1)
     best = column_value(blocks, columns, n)
     for _ in range(_MOST_SWEEPS):
         improved = False
         for position in range(width):
             others = torch.cat([columns[:, :position], columns[:, position + 1 :]], 1)
-            values, candidate = _value_with_each(blocks, others, n).max(1)
+            values, candidate = value_with_each(blocks, others, n).max(1)
             better = values > best * (1 + 1e-6)
             columns[:, position] = torch.where(better, candidate, columns[:, position])
             best = torch.where(better, values, best)
@@ -120,7 +120,7 @@ def grow_columns(blocks: Tensor, n: int, width: int = KEPT_COLUMNS) -> Tensor:
     return columns.sort(1).values
 
 
-def _value_with_each(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
+def value_with_each(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
     """The score kept with `columns` `[X, c]` and one more, for every one more: `[X, M]`; -inf for those in the set."""
     index = columns.unsqueeze(1).expand(*blocks.shape[:2], columns.shape[1])
     largest = blocks.gather(2, index).sort(dim=2, descending=True).values[..., :n]

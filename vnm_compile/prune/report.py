@@ -24,6 +24,9 @@ class LayerPruned:
         retained: share of the weight's L1 norm that stood in the kept places, before any update of the weights.
         output_error: `||X W' - X W|| / ||X W||` on the calibration data; None where it was not measured.
         held_out_error: the same on the held-out data, for the inputs of the dense model; None without such data.
+        importance_before: with `permute`, the share of its importance that the best mask keeps in the model's own order
+            of channels; None without.
+        importance_after: the same in the order found.
     """
 
     name: str
@@ -32,6 +35,8 @@ class LayerPruned:
     retained: float
     output_error: float | None = None
     held_out_error: float | None = None
+    importance_before: float | None = None
+    importance_after: float | None = None
 
 
 class SparsifyReport:
@@ -58,12 +63,15 @@ class SparsifyReport:
 
         table = Table(title=f"pruned by {self.method}", title_justify="left")
         table.add_column("layer", overflow="fold")
-        for column in ("weight", "spec", "L1 norm kept", "output error", "held out"):
+        permuted = any(layer.importance_before is not None for layer in self.layers)
+        shares = ("kept before", "kept permuted") if permuted else ()
+        for column in ("weight", "spec", *shares, "L1 norm kept", "output error", "held out"):
             table.add_column(column, justify="right")
         for layer in self.layers:
             shape = " x ".join(map(str, layer.shape))
-            errors = _shown(layer.output_error), _shown(layer.held_out_error)
-            table.add_row(layer.name, shape, layer.spec, f"{layer.retained:.3f}", *errors)
+            kept = (layer.importance_before, layer.importance_after) if permuted else ()
+            figures = map(_shown, (*kept, layer.retained, layer.output_error, layer.held_out_error))
+            table.add_row(layer.name, shape, layer.spec, *figures)
         yield table
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.prune.calibrate import execution_order, output_error, second_moments
 from vnm_compile.prune.fisher import Fisher, prune_by_fisher
 from vnm_compile.prune.held_out import held_out_errors
+from vnm_compile.prune.permute import permuted
 from vnm_compile.prune.project import project
 from vnm_compile.prune.report import LayerPruned, SparsifyReport
 from vnm_compile.prune.resume import PrunedLayers
@@ -47,6 +48,7 @@ def sparsify(
     damping: float = DAMPING,
     held_out: Iterable[Any] | None = None,
     checkpoint: str | Path | None = None,
+    permute: bool = False,
     progress: bool = True,
 ) -> SparsifyReport:
     """Prune the linears of `model` into a V:N:M pattern, in place, and annotate them.
@@ -67,6 +69,10 @@ def sparsify(
         held_out: batches that the calibration data does not hold, for the report to measure the layers' errors on.
         checkpoint: a directory in which finished layers are stored, and from which a run that was interrupted takes
             them up again; not for "fisher", whose layers are pruned together.
+        permute: reorder channels first, wherever their order is free: the model computes what it did, and keeps more of
+            its importance under the pattern (`vnm_compile.prune.permute`). Needs calibration data for every method, of
+            which the first batch says how channels run through the model, and SciPy. Weights of other layers, biases,
+            norms and embeddings move along. A run that goes on from its `checkpoint` searches again and finds the same.
         progress: show a progress bar while it runs.
 
     Returns:
@@ -74,7 +80,8 @@ def sparsify(
 
     Raises:
         VNMError: an unknown method, no layer to prune, a weight that is compressed already or holds NaN, calibration
-            data that is missing, empty, not finite, or does not reach a layer, or a checkpoint of another run.
+            data that is missing, empty, not finite, or does not reach a layer, a checkpoint of another run, or, with
+            `permute`, a model that torch.export cannot export.
     """
     from rich.progress import Progress  # compiling does not need it
 
@@ -86,10 +93,14 @@ def sparsify(
     layers = [layer for layer, _ in selected]
     for layer in layers:
         _check(layer)
-    batches = _batches(calibration, name)
+    batches = _batches(calibration, name, permute)
     fisher = method if isinstance(method, Fisher) else Fisher()
     retrained = name == "fisher" and fisher.retrain is not None
-    with _all_or_none(model if retrained else None, layers) as dense, Progress(disable=not progress) as bar:
+    with (
+        Progress(disable=not progress) as bar,
+        permuted(model, selected, batches, name, bar) if permute else _not_permuted() as shares,
+        _all_or_none(model if retrained else None, layers) as dense,
+    ):
         errors: dict[str, float | None] = {}
         if name == "fisher":
             prune_by_fisher(model, selected, batches, fisher, bar)
@@ -98,6 +109,7 @@ def sparsify(
                 "method": name,
                 "norm": norm,
                 "damping": damping,
+                "permute": permute,
                 "layers": [[each.name, str(s)] for each, s in selected],
             }
             store = PrunedLayers(checkpoint, settings, batches) if checkpoint is not None else None
@@ -105,8 +117,11 @@ def sparsify(
         unseen = [None] * len(layers) if held_out is None else held_out_errors(model, layers, dense, held_out)
     for layer, layer_spec in selected:
         set_annotation(layer.module, layer_spec, layer.name)
-    rows = zip(selected, dense, unseen, strict=True)
-    return SparsifyReport(name, [_report(*pair, before, errors.get(pair[0].name), e) for pair, before, e in rows])
+    rows = [
+        _report(*pair, before, errors.get(pair[0].name), error, shares.get(pair[0].name, (None, None)))
+        for pair, before, error in zip(selected, dense, unseen, strict=True)
+    ]
+    return SparsifyReport(name, rows)
 
 
 def _prune_by_layers(
@@ -157,12 +172,19 @@ def _prune(layer: Layer, spec: Spec, moment: Tensor | None, method: str, norm: N
         return output_error(before, weight, moment) if moment is not None else None
 
 
-def _report(layer: Layer, spec: Spec, dense: Tensor, error: float | None, held_out_error: float | None) -> LayerPruned:
+def _report(
+    layer: Layer,
+    spec: Spec,
+    dense: Tensor,
+    error: float | None,
+    unseen: float | None,
+    importance: Sequence[float | None],
+) -> LayerPruned:
     weight = layer.weight.detach()
     total = dense.abs().sum(dtype=torch.float64).item()
     kept = (dense.abs() * (weight != 0)).sum(dtype=torch.float64).item()
     shape = (weight.shape[0], weight.shape[1])
-    return LayerPruned(layer.name, shape, str(spec), kept / total if total else 1.0, error, held_out_error)
+    return LayerPruned(layer.name, shape, str(spec), kept / total if total else 1.0, error, unseen, *importance)
 
 
 def _check_arguments(method: str, norm: str, checkpoint: str | Path | None) -> None:
@@ -177,11 +199,12 @@ def _check_arguments(method: str, norm: str, checkpoint: str | Path | None) -> N
         )
 
 
-def _batches(calibration: Iterable[Any] | None, method: str) -> list[Any]:
+def _batches(calibration: Iterable[Any] | None, method: str, permute: bool) -> list[Any]:
     batches = list(calibration) if calibration is not None else []
-    if method != "magnitude" and not batches:
+    if (method != "magnitude" or permute) and not batches:
         found = "there is none" if calibration is None else "it is empty"
-        raise VNMError(f'method="{method}" needs calibration data, and {found}; give calibration=[batch, ...].')
+        what = f'method="{method}"' if method != "magnitude" else "permute=True"
+        raise VNMError(f"{what} needs calibration data, and {found}; give calibration=[batch, ...].")
     return batches
 
 
@@ -205,6 +228,12 @@ def _block_name(name: str) -> str:
     """A layer's name up to its first number: `encoder.layer.3`; the whole name where there is none."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
     return found.group() if found else name
+
+
+@contextmanager
+def _not_permuted() -> Iterator[dict[str, tuple[float, float]]]:
+    """What `permuted` yields where nothing is permuted."""
+    yield {}
 
 
 @contextmanager

@@ -160,6 +160,7 @@ def _teach_the_interpreter() -> None:
     from torch._inductor.runtime import triton_helpers
     from triton.runtime import interpreter
 
+    import vnm_compile.ops  # noqa: F401  (wrappers call the reference where no kernel fits)
     from tests.codegen.triton import libdevice, ptx
 
     torch.cuda._DeviceGuard = lambda index: nullcontext()  # type: ignore[assignment, misc]

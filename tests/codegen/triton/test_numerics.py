@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.codegen.triton.cases import arrays, case, expect, plain
@@ -30,6 +32,25 @@ def test_every_pattern_dtype_and_tail(interpreter, spec, dtype):
         generated = generate(plain(pattern, out_features, in_features), [x, *packed], "sm_90", static=(1, 2, 3))
         exact = F.linear(x.double(), weight.double())
         expect(interpreter, generated, [x, *packed], F.linear(x, weight), exact)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    v=st.sampled_from([16, 32, 48, 64]),
+    n=st.sampled_from([1, 2]),
+    m=st.integers(4, 40),
+    tokens=st.integers(1, 40),
+    out_features=st.integers(1, 100),
+    in_features=st.integers(1, 200),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    target=st.sampled_from(["sm_80", "sm_90", "gfx942"]),
+)
+@example(v=16, n=2, m=8, tokens=1, out_features=1, in_features=64, dtype=torch.float16, target="sm_80")
+def test_any_pattern_and_size(interpreter, v, n, m, tokens, out_features, in_features, dtype, target):
+    pattern, x, packed, weight = case(f"{v}:{n}:{m}", tokens, out_features, in_features, dtype)
+    generated = generate(plain(pattern, out_features, in_features), [x, *packed], target, static=(1, 2, 3))
+    exact = F.linear(x.double(), weight.double())
+    expect(interpreter, generated, [x, *packed], F.linear(x, weight), exact)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

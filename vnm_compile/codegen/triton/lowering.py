@@ -49,10 +49,11 @@ def linear(
 ) -> Any:
     """`vnm::linear` as one Triton kernel, or, where a single pass leaves the device idle, partial sums and their sum.
 
-    None for dtypes other than fp32, bf16 and fp16, and for blocks that hold no 16 rows of a power of two.
+    None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, and for a single
+    output feature.
     """
     spec = Spec(v, n, m)
-    if not _supported(x, values, spec):
+    if not _supported(x, values, spec, out_features):
         return None
     *leading, _ = x.get_size()
     problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
@@ -74,7 +75,7 @@ def gated_linear(
 ) -> Any:
     """`vnm::gated_linear` as one Triton kernel, or partial sums of both and what is made of them; None as `linear`."""
     spec = Spec(v, n, m)
-    if not _supported(x, values, spec):
+    if not _supported(x, values, spec, out_features):
         return None
     *leading, _ = x.get_size()
     problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
@@ -82,9 +83,10 @@ def gated_linear(
     return None if result is None else reshape(result, [*leading, out_features])
 
 
-def _supported(x: Any, values: Any, spec: Spec) -> bool:
+def _supported(x: Any, values: Any, spec: Spec, out_features: int) -> bool:
     same = x.get_dtype() in _DTYPES and values.get_dtype() == x.get_dtype()
-    return same and largest_block(spec) >= _FEWEST_ROWS
+    # Inductor stores to a tensor of one element without a mask, and a tile's other elements would overwrite it.
+    return same and largest_block(spec) >= _FEWEST_ROWS and out_features > 1
 
 
 class _Sparse:
