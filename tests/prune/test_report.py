@@ -141,3 +141,22 @@ def test_torchs_fused_encoder_layer():
     assert torch.backends.mha.get_fastpath_enabled()
     vnm.sparsify(encoder, "16:2:8", "fisher", calibration=data, progress=False)
     assert vnm.matches(encoder.self_attn.out_proj.weight, "16:2:8")
+
+
+def test_not_sequential_layers_see_the_dense_models_inputs():
+    """Each layer comes out as if it were the only one to be pruned."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))).eval()
+    batches = [torch.randn(64, 32) for _ in range(4)]
+
+    def prune(include, sequential):
+        model = copy.deepcopy(dense)
+        vnm.sparsify(
+            model, "16:2:8", "second_order", include, calibration=batches, sequential=sequential, progress=False
+        )
+        return model
+
+    together = prune(["0", "1", "2"], False)
+    for i in range(3):
+        torch.testing.assert_close(together[i].weight, prune([str(i)], True)[i].weight)
+    assert not torch.equal(prune(["0", "1", "2"], True)[2].weight, together[2].weight)

@@ -49,13 +49,14 @@ def sparsify(
     held_out: Iterable[Any] | None = None,
     checkpoint: str | Path | None = None,
     permute: bool = False,
+    sequential: bool = True,
     progress: bool = True,
 ) -> SparsifyReport:
     """Prune the linears of `model` into a V:N:M pattern, in place, and annotate them.
 
-    With "wanda" and "second_order" the layers are pruned block by block in the order in which they run, each on the
-    inputs that the blocks pruned before it produce; the data is passed over once a block, and the second moments of
-    one block are held at a time (4 K squared bytes a layer). Data runs through the model in eval mode.
+    With "wanda" and "second_order" the layers are pruned block by block in the order in which they run; the data is
+    passed over once a block, and the second moments of one block are held at a time (4 K squared bytes a layer). Data
+    runs through the model in eval mode.
 
     Args:
         model: its selected weights are written to; on an error nothing of it is changed.
@@ -73,6 +74,9 @@ def sparsify(
             its importance under the pattern (`vnm_compile.prune.permute`). Needs calibration data for every method, of
             which the first batch says how channels run through the model, and SciPy. Weights of other layers, biases,
             norms and embeddings move along. A run that goes on from its `checkpoint` searches again and finds the same.
+        sequential: prune a block on the inputs that the blocks pruned before it produce, which keeps the whole model
+            closer to the dense one; False: on those of the dense model, which keeps each layer closer to itself. For
+            "wanda" and "second_order".
         progress: show a progress bar while it runs.
 
     Returns:
@@ -110,10 +114,14 @@ def sparsify(
                 "norm": norm,
                 "damping": damping,
                 "permute": permute,
+                "sequential": sequential,
                 "layers": [[each.name, str(s)] for each, s in selected],
             }
             store = PrunedLayers(checkpoint, settings, batches) if checkpoint is not None else None
-            errors = _prune_by_layers(model, selected, batches, name, norm, damping, store, bar)
+            blocks = list(_blocks(model, selected, batches))
+            if not sequential:
+                blocks.reverse()  # what comes before a block is dense when its turn comes
+            errors = _prune_by_layers(model, blocks, batches, name, norm, damping, store, bar)
         unseen = [None] * len(layers) if held_out is None else held_out_errors(model, layers, dense, held_out)
     for layer, layer_spec in selected:
         set_annotation(layer.module, layer_spec, layer.name)
@@ -126,7 +134,7 @@ def sparsify(
 
 def _prune_by_layers(
     model: nn.Module,
-    selected: Sequence[tuple[Layer, Spec]],
+    blocks: Sequence[Sequence[tuple[Layer, Spec]]],
     batches: Sequence[Any],
     method: str,
     norm: Norm,
@@ -135,9 +143,9 @@ def _prune_by_layers(
     bar: Progress,
 ) -> dict[str, float | None]:
     """Prune in place, block by block; returns the output errors on the calibration data by name."""
-    task = bar.add_task(f"pruning by {method}", total=len(selected))
+    task = bar.add_task(f"pruning by {method}", total=sum(map(len, blocks)))
     errors: dict[str, float | None] = {}
-    for block in _blocks(model, selected, batches):
+    for block in blocks:
         stored = [store.load(*pair) if store else None for pair in block]
         open_layers = [pair for pair, found in zip(block, stored, strict=True) if found is None]
         moments: Sequence[Tensor | None] = [None] * len(open_layers)
