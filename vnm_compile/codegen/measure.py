@@ -23,12 +23,12 @@ from torch._guards import tracing
 from torch.utils._python_dispatch import _disable_current_modes
 
 from vnm_compile.codegen.inductor import cache_dir, compile_graph, has_lowering, source_hash
-from vnm_compile.format import Packed, unpack
+from vnm_compile.format import Packed, align_rows, unpack
 from vnm_compile.problem import Problem, Timing
 
 log = logging.getLogger(__name__)
 
-_STREAMED_BYTES = 96 << 20  # of dense weights in turn: more than the caches of common CPUs and GPUs hold
+_STREAMED_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of dense weights in turn: more than caches hold
 _MOST_COPIES = 32
 _SECONDS = 0.25  # of timing a problem, once compiled
 _ROUNDS = (5, 50)  # at least, at most
@@ -56,8 +56,10 @@ def _measure(problem: Problem) -> Timing | None:
 
 def _time(problem: Problem) -> Timing:
     dense_bytes = problem.out_features * problem.in_features * problem.dtype.itemsize
-    copies = max(1, min(_MOST_COPIES, -(-_STREAMED_BYTES // dense_bytes)))
+    copies = max(1, min(_MOST_COPIES, -(-_STREAMED_BYTES[problem.device.type] // dense_bytes)))
     packed = [random_packed(problem, seed) for seed in range(copies)]
+    if problem.device.type == "cuda":
+        packed = [align_rows(each) for each in packed]
     size = problem.out_features, problem.in_features
     dense = [unpack(each, problem.spec, *size) for each in packed]
     x = torch.randn(problem.tokens, problem.in_features, device=problem.device).to(problem.dtype)
@@ -83,28 +85,52 @@ def _time(problem: Problem) -> Timing:
 def _alternate(sparse: list[Callable[[], Any]], dense: list[Callable[[], Any]], device: torch.device) -> Timing:
     """Median seconds a call of each, the two taking turns so that what else the machine does hits both."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for calls in (sparse, dense):
-        _seconds(calls[:1], device)
+    rounds = [_round(calls, device) for calls in (sparse, dense)]
     start = time.perf_counter()
     while len(seconds[0]) < _ROUNDS[0] or (time.perf_counter() - start < _SECONDS and len(seconds[0]) < _ROUNDS[1]):
-        for taken, calls in zip(seconds, (sparse, dense), strict=True):
-            taken.append(_seconds(calls, device) / len(calls))
+        for taken, run in zip(seconds, rounds, strict=True):
+            taken.append(run() / len(sparse))
     return Timing(median(seconds[0]), median(seconds[1]))
 
 
-def _seconds(calls: list[Callable[[], Any]], device: torch.device) -> float:
+def _round(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
+    """What makes all the calls once, and returns the seconds; it is warm."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        return _replay(calls)
+    calls[0]()
+
+    def run() -> float:
+        begin = time.perf_counter()
         for call in calls:
             call()
+        return time.perf_counter() - begin
+
+    return run
+
+
+def _replay(calls: list[Callable[[], Any]]) -> Callable[[], float]:
+    """As a CUDA graph: launched one by one, small kernels would take as long as their launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # allocates and tunes, which a capture must not
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+
+    def run() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
-    begin = time.perf_counter()
-    for call in calls:
-        call()
-    return time.perf_counter() - begin
+
+    return run
 
 
 def _compile(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
