@@ -9,7 +9,7 @@ namespace vnm {
 template <typename S, int N>
 constexpr int64_t few_tokens() {
 #if defined(VNM_BF16_PAIRS)
-  if constexpr (N == 2 && std::is_same_v<S, at::BFloat16>) return 16;
+  if constexpr (kPairs<S, N>) return 16;
 #endif
 #if defined(CPU_CAPABILITY_AVX512)
   return 12;
@@ -126,7 +126,7 @@ inline void block_times_few_tokens(
   for (int64_t i = 0; i < groups * 4; i += 64 / static_cast<int64_t>(sizeof(C)))
     __builtin_prefetch(columns + groups * 4 + i, 0, 2);
 #if defined(VNM_BF16_PAIRS)
-  if constexpr (N == 2 && std::is_same_v<S, at::BFloat16>) {
+  if constexpr (kPairs<S, N>) {
     auto* words = reinterpret_cast<uint16_t*>(scratch);
     const int64_t ldw = kept_words(groups);
     gather_words(x, ldx, tokens, columns, groups, m, in_features, words, ldw);

@@ -81,19 +81,30 @@ inline void rows_times_tokens(const float* xt, const float* weights, const int32
 //     the two values of a row and group, 32 bits as they are stored, broadcast   ->   acc [rows][tokens]
 constexpr int64_t kPairGroups = 8;
 
-// The pairs of columns of up to 8 groups; the x of a column is bf16 widened to float, its upper half.
+// The pairs of columns of up to 8 groups.
 template <int NV>
-inline void lay_out_pairs(const float* xt, const int32_t* offsets, int64_t groups, uint32_t* pairs, int64_t ld) {
+inline void lay_out_pairs(const uint16_t* xt, const int32_t* offsets, int64_t groups, uint32_t* pairs, int64_t ld) {
   constexpr int kFirst[6] = {0, 0, 0, 1, 1, 2}, kSecond[6] = {1, 2, 3, 2, 3, 3};
+  // Words of the lower and of the upper half of 32 tokens, those of two columns in turn.
+  alignas(64) static constexpr uint16_t kLower[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i lower = _mm512_load_si512(kLower), upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
   for (int64_t g = 0; g < groups; ++g) {
-    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v += 2) {
       __m512i x[4];
 #pragma GCC unroll 4
-      for (int c = 0; c < 4; ++c) x[c] = _mm512_loadu_si512(xt + offsets[g * 4 + c] + v * kLanes);
+      for (int c = 0; c < 4; ++c) {
+        const uint16_t* from = xt + offsets[g * 4 + c] + v * kLanes;
+        x[c] = v + 1 < NV ? _mm512_loadu_si512(from)
+                          : _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      }
 #pragma GCC unroll 6
       for (int p = 0; p < 6; ++p) {
-        const __m512i both = _mm512_or_si512(_mm512_srli_epi32(x[kFirst[p]], 16), x[kSecond[p]]);
-        _mm512_storeu_si512(pairs + (g * 6 + p) * ld + v * kLanes, both);
+        uint32_t* to = pairs + (g * 6 + p) * ld + v * kLanes;
+        _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x[kFirst[p]], lower, x[kSecond[p]]));
+        if (v + 1 < NV)
+          _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(x[kFirst[p]], upper, x[kSecond[p]]));
       }
     }
   }
@@ -149,10 +160,10 @@ inline void pairs_times_tokens(
     }
 }
 
-// As the general block_times_tokens, for bf16 and N = 2.
+// As block_times_tokens, for bf16 and N = 2.
 template <int NV>
 inline void block_times_tokens_in_pairs(
-    const float* xt, const int32_t* offsets, const at::BFloat16* values, int64_t ldv, const uint8_t* metadata,
+    const uint16_t* xt, const int32_t* offsets, const at::BFloat16* values, int64_t ldv, const uint8_t* metadata,
     int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
   constexpr int R = NV <= 2 ? 8 : 4;
   alignas(64) uint32_t pairs[kPairGroups * 6 * NV * kLanes];
@@ -179,17 +190,11 @@ inline void block_times_tokens_in_pairs(
 
 #endif
 
-// tile [tokens][ldt] = x @ rows.T for up to kMostRows rows of one block; acc [2][rows][ld] is scratch.
+// As block_times_tokens, a value at a time.
 template <typename S, int N, int NV>
-inline void block_times_tokens(
+inline void block_times_tokens_by_values(
     const float* xt, const int32_t* offsets, int32_t zero_row, const S* values, int64_t ldv, const uint8_t* metadata,
     int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
-#if defined(VNM_BF16_PAIRS)
-  if constexpr (N == 2 && std::is_same_v<S, at::BFloat16>) {
-    return block_times_tokens_in_pairs<NV>(
-        xt, offsets, values, ldv, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
-  }
-#endif
   // Sums of sums of sums, so that they round no worse than those of a dense kernel, which also adds up in blocks: in
   // registers over a step, in `part` over kPart of them, then in `acc`. A step keeps so few rows of tokens that these stay
   // in the L1 cache while all rows of the weight pass over them.
@@ -223,6 +228,22 @@ inline void block_times_tokens(
       for (int64_t i = 0; i < rows * ld; i += kLanes) (Vec::loadu(acc + i) + Vec::loadu(part + i)).store(acc + i);
   }
   transpose_tile(acc, ld, rows, tokens, tile, ldt);
+}
+
+// tile [tokens][ldt] = x @ rows.T for up to kMostRows rows of one block; acc [2][rows][ld] is scratch.
+template <typename S, int N, int NV>
+inline void block_times_tokens(
+    const Lane<S, N>* xt, const int32_t* offsets, int32_t zero_row, const S* values, int64_t ldv, const uint8_t* metadata,
+    int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
+  if constexpr (kPairs<S, N>) {
+#if defined(VNM_BF16_PAIRS)
+    block_times_tokens_in_pairs<NV>(
+        xt, offsets, values, ldv, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
+#endif
+  } else {
+    block_times_tokens_by_values<S, N, NV>(
+        xt, offsets, zero_row, values, ldv, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
+  }
 }
 
 }  // namespace vnm

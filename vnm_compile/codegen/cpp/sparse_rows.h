@@ -61,32 +61,57 @@ inline Vec load_vector(const at::Half* p) {
   return result;
 }
 
-// x [tokens, columns] (row stride ldx) to xt [columns][ld] in float; lanes past `tokens` up to whole vectors are zero.
-template <typename S>
-inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, float* xt, int64_t ld) {
-  alignas(64) float square[kLanes * kLanes];
+// Whether the two values of a group are multiplied together, as a pair of bf16.
+#if defined(VNM_BF16_PAIRS)
+template <typename S, int N>
+constexpr bool kPairs = N == 2 && std::is_same_v<S, at::BFloat16>;
+#else
+template <typename S, int N>
+constexpr bool kPairs = false;
+#endif
+
+// What an activation is in the transposed x: the bits of a bf16 where pairs are multiplied, else a float.
+template <typename S, int N>
+using Lane = std::conditional_t<kPairs<S, N>, uint16_t, float>;
+
+inline void store_lanes(const float* from, float* to) { Vec::loadu(from).store(to); }
+// The upper halves of floats that were bf16.
+inline void store_lanes(const float* from, uint16_t* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i bits = _mm512_srli_epi32(_mm512_loadu_si512(from), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bits));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(reinterpret_cast<const uint32_t*>(from)[i] >> 16);
+#endif
+}
+
+// x [tokens, columns] (row stride ldx) to xt [columns][ld]; lanes past `tokens` up to whole vectors are zero.
+template <typename S, typename L>
+inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, L* xt, int64_t ld) {
+  alignas(64) float square[kLanes * kLanes], turned[kLanes * kLanes];
   for (int64_t t = 0; t < tokens; t += kLanes) {
     const int64_t nt = std::min(kLanes, tokens - t);
     for (int64_t k = 0; k < columns; k += kLanes) {
       const int64_t nk = std::min(kLanes, columns - k);
       const S* from = x + t * ldx + k;
-      float* to = xt + k * ld + t;
-      if (std::is_same_v<S, float> && nt == kLanes && nk == kLanes) {
-        at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from), ldx, to, ld, kLanes, kLanes);
-        continue;
+      L* to = xt + k * ld + t;
+      if constexpr (std::is_same_v<S, float> && std::is_same_v<L, float>) {
+        if (nt == kLanes && nk == kLanes) {
+          at::vec::transpose_mxn<float>(from, ldx, to, ld, kLanes, kLanes);
+          continue;
+        }
       }
       if (nt < kLanes || nk < kLanes) {
         std::fill(square, square + kLanes * kLanes, 0.f);
       }
       if (nk == kLanes) {
         for (int64_t i = 0; i < nt; ++i) load_vector(from + i * ldx).store(square + i * kLanes);
-        at::vec::transpose_mxn<float>(square, kLanes, to, ld, kLanes, kLanes);
-        continue;
+      } else {
+        for (int64_t i = 0; i < nt; ++i)
+          for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(from[i * ldx + j]);
       }
-      for (int64_t i = 0; i < nt; ++i)
-        for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(from[i * ldx + j]);
-      for (int64_t j = 0; j < nk; ++j)
-        for (int64_t i = 0; i < kLanes; ++i) to[j * ld + i] = square[i * kLanes + j];
+      at::vec::transpose_mxn<float>(square, kLanes, turned, kLanes, kLanes, kLanes);
+      for (int64_t j = 0; j < nk; ++j) store_lanes(turned + j * kLanes, to + j * ld);
     }
   }
 }
