@@ -106,6 +106,15 @@ def test_a_llama_layer():
     assert report.kernels[position + 1] is report.sparse[3]
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_layers_do_not_spill(dtype, target):
+    for width in (64, 192, 256):
+        layer = make_sparse_(nn.Linear(width, 192), "64:2:8").to(dtype).eval()
+        report = vnm.inspect(layer, torch.randn(2, width).to(dtype), target=target)
+        assert all(kernel.spills == 0 for kernel in report.sparse), width
+
+
 class Literals(nn.Module):
     """Makes tensors of numbers where its input is, as transformers' caches do."""
 

@@ -77,7 +77,7 @@ class SparsifyReport:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=100)
+        console = Console(width=max(120, Console().width))
         with console.capture() as capture:
             console.print(self)
         return capture.get()

@@ -9,7 +9,7 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     R : tl.constexpr = 256
     BLOCK_O : tl.constexpr = 64
     BLOCK_T : tl.constexpr = 32
-    BLOCK_G : tl.constexpr = 32
+    BLOCK_G : tl.constexpr = 16
     GROUP_T : tl.constexpr = 8
     SPLITS : tl.constexpr = 1
     SPLIT_G : tl.constexpr = 32

@@ -7,9 +7,9 @@ def triton_tem_fused_add_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, 
     K : tl.constexpr = 256
     G : tl.constexpr = 32
     R : tl.constexpr = 128
-    BLOCK_O : tl.constexpr = 16
+    BLOCK_O : tl.constexpr = 32
     BLOCK_T : tl.constexpr = 32
-    BLOCK_G : tl.constexpr = 32
+    BLOCK_G : tl.constexpr = 16
     GROUP_T : tl.constexpr = 8
     SPLITS : tl.constexpr = 1
     SPLIT_G : tl.constexpr = 32

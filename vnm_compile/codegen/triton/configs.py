@@ -128,7 +128,7 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
     return (
         config.block_o <= largest_block(shape.spec)
         and config.block_t <= 2 * max(16, shape.tokens)
-        and config.block_g <= max(32, 2 * shape.groups)
+        and _loops(config, shape)
         and config.block_t >= (64 * columns_of_warps if columns_of_warps > 1 else 1)
         and rows_of_warps <= 2 * config.warps
         # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
@@ -137,6 +137,12 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
         and config.registers(shape, target.warp_size) * target.warp_size * config.warps <= target.registers
         and config.shared_bytes(shape) <= target.shared_bytes
     )
+
+
+def _loops(config: Config, shape: Shape) -> bool:
+    """Whether the loop over groups has two rounds, as a single one is unrolled into code that spills; two-byte values
+    get by with one of the smallest."""
+    return config.block_g < -(-shape.groups // config.splits) or (shape.dtype.itemsize == 2 and config.block_g == 16)
 
 
 def _by_warp_groups(target: Target) -> bool:
