@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._inductor import config
+from torch._inductor.codecache import PyCodeCache
 
 from vnm_compile.codegen.measure import random_packed
 from vnm_compile.format import unpack
@@ -21,6 +22,7 @@ OURS = "vnm"
 def contenders(model: nn.Module, args: tuple[Any, ...], policy: str) -> dict[str, Callable[[], Any]]:
     """Eager, compiled, compiled with frozen weights, and `backend="vnm"`, each bound to its arguments."""
     torch._dynamo.reset()
+    _drop_frozen()
     compiled: dict[str, Callable[..., Any]] = {
         "eager": model,
         "compile": torch.compile(model),
@@ -36,6 +38,13 @@ def _frozen(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
     with config.patch(freezing=True), torch.no_grad():
         compiled(*args)
     return compiled
+
+
+def _drop_frozen() -> None:
+    """Let go of the weights that were frozen before: Inductor keeps them in the modules it generated, for good."""
+    for module in PyCodeCache.modules:
+        for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
+            delattr(module, name)
 
 
 def random_weight(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Tensor:
