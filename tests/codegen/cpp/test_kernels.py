@@ -15,9 +15,10 @@ from vnm_compile.ops import GATES
 from vnm_compile.spec import Spec
 
 # The second count makes the tokens dynamic: one kernel serves all that follow.
-TOKENS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 50, 64, 65, 131)
+TOKENS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 50, 64, 65, 131, 300)
 
-# Pattern, out_features, in_features: tails in rows, columns, metadata bytes and vectors, V from 1 to 128, wide columns.
+# Pattern, out_features, in_features: tails in rows, columns, metadata bytes and vectors, V from 1 to 128, wide columns, and
+# more groups than are looked up at a time.
 CASES = [
     ("64:2:8", 128, 256),
     ("32:2:5", 100, 203),
@@ -28,6 +29,7 @@ CASES = [
     ("8:1:6", 30, 50),
     ("16:2:300", 40, 650),
     ("32:2:20", 40, 210),
+    ("64:2:4", 70, 2606),
 ]
 
 

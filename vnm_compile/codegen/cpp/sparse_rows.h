@@ -29,8 +29,8 @@
 #include <memory>
 #include <type_traits>
 
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-#define VNM_BF16_PAIRS 1  // a dot product of two pairs of bf16 a lane
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#define VNM_BF16_PAIRS 1  // a dot product of two pairs of bf16 a lane, and 16-bit values spread by a mask
 #endif
 
 namespace vnm {

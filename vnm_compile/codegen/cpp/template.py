@@ -47,7 +47,8 @@ def _source(name: str) -> str:
 @cache
 def _arithmetic() -> str:
     """The kernels' headers as one text."""
-    text = "".join(map(_source, ("sparse_rows.h", "many_tokens.h", "few_tokens_bf16.h", "few_tokens.h")))
+    headers = ("sparse_rows.h", "many_tokens_bf16.h", "many_tokens.h", "few_tokens_bf16.h", "few_tokens.h")
+    text = "".join(map(_source, headers))
     return re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
 
 
