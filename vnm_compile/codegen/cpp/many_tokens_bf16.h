@@ -24,11 +24,6 @@ constexpr int64_t kPanelStride = kPanelPairs + 16;
 // Vectors of tokens in a panel, and rows whose sums fit into the registers beside them.
 constexpr int kPanelVectors = 2, kPanelRows = 8;
 
-// Where the kept columns [first, last) start in xt will soon be read.
-inline void prefetch_columns(const uint16_t* xt, const int32_t* offsets, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i) __builtin_prefetch(xt + offsets[i]);
-}
-
 // panel [pairs][NV vectors]: the tokens of two columns in turn.
 template <int NV>
 inline void lay_out_panel(const uint16_t* xt, const int32_t* offsets, int64_t pairs, uint32_t* panel) {
@@ -113,21 +108,16 @@ inline void rows_times_panel(const uint32_t* panel, const uint32_t* expanded, in
     for (int v = 0; v < NV; ++v) _mm512_store_ps(acc + (r * NV + v) * kLanes, sum[r][v]);
 }
 
-// One panel for NV vectors of tokens and all rows; meanwhile the columns [0, columns) at `next` are fetched.
+// One panel for NV vectors of tokens and all rows.
 template <int NV>
 inline void block_times_panel(
-    const uint16_t* xt, const int32_t* offsets, const uint32_t* expanded, int64_t groups, int64_t rows, float* acc,
-    const uint16_t* next_xt, const int32_t* next, int64_t columns) {
+    const uint16_t* xt, const int32_t* offsets, const uint32_t* expanded, int64_t groups, int64_t rows, float* acc) {
   constexpr int R = kPanelRows * kPanelVectors / NV;
   alignas(64) uint32_t panel[kPanelPairs * NV * kLanes];
   lay_out_panel<NV>(xt, offsets, groups * 2, panel);
-  const int64_t share = (columns * R + rows - 1) / rows;
-  int64_t r = 0, fetched = 0;
-  for (; r + R <= rows; r += R) {
-    prefetch_columns(next_xt, next, fetched, std::min(columns, fetched + share));
-    fetched += share;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R)
     rows_times_panel<NV, R>(panel, expanded + r * kPanelStride, groups * 2, acc + r * NV * kLanes);
-  }
   for (; r < rows; ++r)
     rows_times_panel<NV, 1>(panel, expanded + r * kPanelStride, groups * 2, acc + r * NV * kLanes);
 }
@@ -141,7 +131,6 @@ inline void block_times_tokens_in_pairs(
   std::fill(acc, acc + rows * ((tokens + kLanes - 1) / kLanes * kLanes), 0.f);
   for (int64_t group = 0; group < groups; group += kPanelGroups) {
     const int64_t count = std::min(kPanelGroups, groups - group);
-    const int32_t* columns = offsets + group * 4;
     for (int64_t r = 0; r < rows; ++r) {
       const at::BFloat16* row = values + r * ldv + group * 2;
       const uint8_t* codes = metadata + r * ldm + group / 2;
@@ -149,12 +138,8 @@ inline void block_times_tokens_in_pairs(
       expand_row(row, codes, count, expanded + r * kPanelStride);
     }
     for (int64_t t = 0; t < tokens; t += kTokens) {
-      const bool last = t + kTokens >= tokens;
-      const uint16_t* next_xt = last ? xt : xt + t + kTokens;
-      const int32_t* next = last ? columns + count * 4 : columns;
-      const int64_t next_columns = last ? std::min(kPanelGroups, groups - group - count) * 4 : count * 4;
-      const auto pass = tokens - t > kLanes ? block_times_panel<2> : block_times_panel<1>;
-      pass(xt + t, columns, expanded, count, rows, acc + rows * t, next_xt, next, next_columns);
+      const auto multiply = tokens - t > kLanes ? block_times_panel<2> : block_times_panel<1>;
+      multiply(xt + t, offsets + group * 4, expanded, count, rows, acc + rows * t);
     }
   }
   for (int64_t t = 0; t < tokens; t += kTokens) {

@@ -25,6 +25,7 @@ from vnm_compile.codegen.inductor import (
 from vnm_compile.spec import Spec
 
 _FOLDER = Path(__file__).parent
+_MOST_ROWS = 64  # of a tile; kMostRows in sparse_rows.h
 
 # What a gated unit applies to the gate `g`, a vector of floats.
 ACTIVATIONS = {
@@ -117,7 +118,8 @@ class SparseLinearTemplate(CppTemplate):
                 spec=self.spec,
                 in_features=self.in_features,
                 out_features=self.out_features,
-                rows=self._rows(),
+                most_rows=min(self.spec.v, _MOST_ROWS),
+                fewest_rows=self._fewest_rows(),
                 num_threads=self.num_threads,
                 gated=self.activation is not None,
                 activation=ACTIVATIONS.get(self.activation or ""),
@@ -127,9 +129,9 @@ class SparseLinearTemplate(CppTemplate):
         """Make a local float buffer, which the template allocates itself, known to the kernel."""
         return local_buffer(kernel, name, sizes, torch.float32)
 
-    def _rows(self) -> int:
-        """Rows of a work item: a V block, or a part of one where there are too few blocks for the threads."""
-        rows = min(self.spec.v, 64)
+    def _fewest_rows(self) -> int:
+        """Rows of a work item for one tile of tokens: a part of a V block where blocks are too few for the threads."""
+        rows = min(self.spec.v, _MOST_ROWS)
         blocks = -(-self.out_features // self.spec.v)
         while rows > 16 and blocks * -(-self.spec.v // rows) < 2 * self.num_threads:
             rows //= 2
