@@ -3,13 +3,13 @@
 An order of channels decides which rows share a block of V and which columns a group of M. Here magnitude pruning of the
 pretrained MiniLM is given more than any order could give it, step by step, at the density of 64:2:8:
 
-- columns free: the rows of a block keep half of the columns, whichever these are, and a row half of those. No groups, so
+- columns free: the rows of a block keep half of the columns, whichever these are, and a row half of those. No groups:
   every order of columns, even one for each block, is a special case;
 - rows and columns free: every layer moreover has its rows dealt out to blocks as suits it best;
 - then without what V:N:M shares between rows: 2 of each 8 in every row, and any quarter of a row.
 
-The choices are searched for by alternating between rows, exactly, and columns, by their sums. Error is the mean over the
-layers of the relative output error on held-out text, as in `benchmarks.prune`. Takes a minute.
+The choices are searched for by alternating between rows, exactly, and columns, by their sums. Error is the mean over
+the layers of the relative output error on held-out text, as in `benchmarks.prune`. Takes a minute.
 """
 
 from __future__ import annotations
