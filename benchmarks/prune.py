@@ -74,7 +74,7 @@ def main() -> None:
             for method, permuted in product(arguments.methods.split(","), permute):
                 rows.append(prune(data, spec, method, permute=permuted))
             if "second_order" in arguments.methods:
-                rows.append(prune(data, spec, "second_order", sequential=False))
+                rows += [prune(data, spec, "second_order", permuted, sequential=False) for permuted in permute]
     rows = save(rows, RESULTS / f"{name}.json")
     show(rows)
     plot(rows, RESULTS / f"{name}.png")
