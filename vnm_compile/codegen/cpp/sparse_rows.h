@@ -75,15 +75,13 @@ template <typename S, int N>
 using Lane = std::conditional_t<kPairs<S, N>, uint16_t, float>;
 
 inline void store_lanes(const float* from, float* to) { Vec::loadu(from).store(to); }
+#if defined(VNM_BF16_PAIRS)
 // The upper halves of floats that were bf16.
 inline void store_lanes(const float* from, uint16_t* to) {
-#if defined(CPU_CAPABILITY_AVX512)
   const __m512i bits = _mm512_srli_epi32(_mm512_loadu_si512(from), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bits));
-#else
-  for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(reinterpret_cast<const uint32_t*>(from)[i] >> 16);
-#endif
 }
+#endif
 
 // x [tokens, columns] (row stride ldx) to xt [columns][ld]; lanes past `tokens` up to whole vectors are zero.
 template <typename S, typename L>

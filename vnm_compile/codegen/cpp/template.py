@@ -119,7 +119,6 @@ class SparseLinearTemplate(CppTemplate):
                 in_features=self.in_features,
                 out_features=self.out_features,
                 most_rows=min(self.spec.v, _MOST_ROWS),
-                fewest_rows=self._fewest_rows(),
                 num_threads=self.num_threads,
                 gated=self.activation is not None,
                 activation=ACTIVATIONS.get(self.activation or ""),
@@ -128,11 +127,3 @@ class SparseLinearTemplate(CppTemplate):
     def local_tile(self, kernel: CppTemplateKernel, name: str, sizes: list[Any]) -> Any:
         """Make a local float buffer, which the template allocates itself, known to the kernel."""
         return local_buffer(kernel, name, sizes, torch.float32)
-
-    def _fewest_rows(self) -> int:
-        """Rows of a work item for one tile of tokens: a part of a V block where blocks are too few for the threads."""
-        rows = min(self.spec.v, _MOST_ROWS)
-        blocks = -(-self.out_features // self.spec.v)
-        while rows > 16 and blocks * -(-self.spec.v // rows) < 2 * self.num_threads:
-            rows //= 2
-        return rows
