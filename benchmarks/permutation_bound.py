@@ -24,10 +24,9 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-import vnm_compile as vnm
 from benchmarks import prune
-from vnm_compile.annotate import linear_layers
 from vnm_compile.prune.held_out import held_out_errors
+from vnm_compile.prune.project import project
 from vnm_compile.spec import Spec
 
 SPEC = Spec(64, 2, 8)
@@ -45,6 +44,7 @@ def largest(scores: Tensor, count: int, columns: Tensor | None = None) -> Tensor
 def free_columns(scores: Tensor) -> Tensor:
     """Half of the columns of a block `[V, K]`, such that a quarter of them in each row keeps much of `scores`."""
     in_features = scores.shape[1]
+    wanted = largest(scores, in_features // 4)
     columns, best = scores.sum(0).topk(in_features // 2).indices, -1.0
     for _ in range(ROUNDS):
         kept = largest(scores, in_features // 4, columns)
@@ -52,7 +52,7 @@ def free_columns(scores: Tensor) -> Tensor:
         if total <= best:
             break
         best, found = total, columns
-        columns = (scores * (kept | largest(scores, in_features // 4))).sum(0).topk(in_features // 2).indices
+        columns = (scores * (kept | wanted)).sum(0).topk(in_features // 2).indices
     return found
 
 
@@ -97,10 +97,7 @@ def mask_without_pattern(weight: Tensor) -> Tensor:
 
 def vnm_mask(weight: Tensor) -> Tensor:
     """Magnitude pruning as `vnm.sparsify` does it."""
-    layer = torch.nn.Linear(*weight.t().shape, bias=False)
-    layer.weight.data.copy_(weight)
-    vnm.sparsify(layer, str(SPEC), progress=False)
-    return layer.weight != 0
+    return project(weight.abs(), SPEC)
 
 
 MASKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -116,7 +113,7 @@ def main() -> None:
     """Print the table."""
     data = prune.load()
     model = copy.deepcopy(data.dense)
-    layers = [layer for layer in linear_layers(model) if layer.name.startswith("encoder")]
+    layers = prune.encoder_layers(model)
     dense = [layer.weight.detach().clone() for layer in layers]
     table = Table("mask", "|w| kept", "output error", "of the first", title="MiniLM, a quarter kept by magnitude")
     first = None

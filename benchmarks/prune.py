@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby, product
@@ -31,7 +32,7 @@ from transformers import AutoTokenizer, BertModel
 
 import vnm_compile as vnm
 from benchmarks import sparsegpt
-from vnm_compile.annotate import linear_layers
+from vnm_compile.annotate import Layer, select_layers
 from vnm_compile.prune.held_out import held_out_errors
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,16 +67,12 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load()
     if arguments.sparsegpt:
-        rows, name = compare_with_sparsegpt(data), "prune_2_4"
+        name, measured = "prune_2_4", compare_with_sparsegpt(data)
     else:
         permute = {"no": [False], "yes": [True], "both": [False, True]}[arguments.permute]
-        rows, name = [], "prune"
-        for spec in arguments.specs.split(","):
-            for method, permuted in product(arguments.methods.split(","), permute):
-                rows.append(prune(data, spec, method, permute=permuted))
-            if "second_order" in arguments.methods:
-                rows += [prune(data, spec, "second_order", permuted, sequential=False) for permuted in permute]
-    rows = save(rows, RESULTS / f"{name}.json")
+        name, measured = "prune", compare(data, arguments.specs.split(","), arguments.methods.split(","), permute)
+    for row in measured:  # saved one by one: an hour is long enough to be cut off
+        rows = save([row], RESULTS / f"{name}.json")
     show(rows)
     plot(rows, RESULTS / f"{name}.png")
 
@@ -87,6 +84,11 @@ def load() -> Data:
     dense = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     calibration, held_out = text(AutoTokenizer.from_pretrained(folder))
     return Data(dense, calibration, held_out, embed(dense, held_out))
+
+
+def encoder_layers(model: nn.Module) -> list[Layer]:
+    """The layers that are pruned."""
+    return [layer for layer, _ in select_layers(model, "1:2:4", include="encoder")]
 
 
 def prune(data: Data, spec: str, method: str, permute: bool = False, sequential: bool = True) -> dict[str, Any]:
@@ -112,17 +114,28 @@ def prune(data: Data, spec: str, method: str, permute: bool = False, sequential:
     return data.judge(model, spec, name, errors, seconds)
 
 
-def compare_with_sparsegpt(data: Data) -> list[dict[str, Any]]:
+def compare(data: Data, specs: list[str], methods: list[str], permute: list[bool]) -> Iterator[dict[str, Any]]:
+    """Every method at every pattern."""
+    for spec in specs:
+        for method, permuted in product(methods, permute):
+            yield prune(data, spec, method, permute=permuted)
+        if "second_order" in methods:
+            for permuted in permute:
+                yield prune(data, spec, "second_order", permute=permuted, sequential=False)
+
+
+def compare_with_sparsegpt(data: Data) -> Iterator[dict[str, Any]]:
     """Second order and SparseGPT at V = 1, M = 4, where they solve the same problem."""
     model = copy.deepcopy(data.dense)
-    layers = [layer for layer in linear_layers(model) if layer.name.startswith("encoder")]
+    layers = encoder_layers(model)
     before = [layer.weight.detach().clone() for layer in layers]
     blocks = [list(each) for _, each in groupby(layers, key=lambda layer: layer.name.split(".")[2])]
     start = time.perf_counter()
     sparsegpt.prune(model, blocks, data.calibration)
     seconds = time.perf_counter() - start
     errors = held_out_errors(model, layers, before, data.held_out)
-    return [data.judge(model, "1:2:4", "SparseGPT", errors, seconds), prune(data, "1:2:4", "second_order")]
+    yield data.judge(model, "1:2:4", "SparseGPT", errors, seconds)
+    yield prune(data, "1:2:4", "second_order")
 
 
 def text(tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
