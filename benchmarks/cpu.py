@@ -43,7 +43,7 @@ def _layers(section: str, quick: bool, seconds: float) -> Iterator[Row]:
     for case in (cpu_layers.large if section == "layers" else cpu_layers.small)(quick):
         result = cpu_layers.run(case, seconds)
         name = f"{case.out_features} x {case.in_features}"
-        tokens = f"{case.tokens}{' cold' if case.cold else ''}"
+        tokens = f"{case.tokens}{f' ({case.layers} layers)' if case.layers > 1 else ''}"
         what = (name, str(case.dtype).removeprefix("torch."), str(case.spec), tokens)
         yield _row(section, result, what, case.limit, case.target)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks.contenders import OURS, contenders, random_weight
+from benchmarks.contenders import OURS, contenders, fill_with_pattern
 from benchmarks.timing import Result, compare
 from vnm_compile.spec import Spec
 
@@ -18,6 +18,7 @@ SMALL_SHAPES = ((64, 64), (384, 384), (1536, 384), (384, 1536), (1024, 1024), (3
 DTYPES = (torch.float32, torch.bfloat16)
 SPECS = ("64:2:8", "64:2:16", "64:2:5")
 TOKENS = (1, 16, 128, 512)
+MOST_FEW_TOKENS = 16
 SMALL_TOKENS = (1, 16, 128, 1024, 4096)
 
 # What is asked for on 4096 x 4096, by dtype, pattern and tokens; 85 % of it on the other two shapes.
@@ -29,16 +30,24 @@ TARGETS = {
 }
 
 
+MODEL_LAYERS = 8  # of a call where a layer is timed as one of a model
+
+
 @dataclass(frozen=True)
 class Case:
-    """A layer `[tokens, in_features] @ [out_features, in_features].T + bias`; `cold` as in `timing.compare`."""
+    """Layers `[tokens, in_features] @ [out_features, in_features].T + bias`, each on an input of its own.
+
+    With few tokens and one layer a call, what is timed is mostly the call: where dense weights have just swept the
+    caches, Python and the compiled function fetch their own data from memory, which takes as long as the sparse
+    layer. In a model that is paid once for all layers; so few tokens are timed with several layers a call, too.
+    """
 
     out_features: int
     in_features: int
     dtype: torch.dtype
     spec: Spec
     tokens: int
-    cold: bool
+    layers: int
     policy: str
 
     @property
@@ -57,36 +66,44 @@ class Case:
         if str(self.spec) == "64:2:5":
             return 1.0
         targets = TARGETS.get((self.dtype, str(self.spec)))
-        if targets is None or self.cold or self.tokens not in TOKENS:
+        if targets is None or self.tokens not in TOKENS:
             return None
         share = 1.0 if (self.out_features, self.in_features) == SHAPES[0] else 0.85
         return targets[TOKENS.index(self.tokens)] * share
 
 
 def large(quick: bool) -> Iterator[Case]:
-    """Layers of a 7B-parameter model, always sparse (policy "memory"); T = 1 with warm and with cold caches."""
+    """Layers of a 7B-parameter model, always sparse (policy "memory")."""
     shapes, specs = (SHAPES[:1], SPECS[:1]) if quick else (SHAPES, SPECS)
-    for (out, inp), dtype, spec in product(shapes, DTYPES, specs):
-        yield Case(out, inp, dtype, Spec.parse(spec), 1, True, "memory")
-        for tokens in TOKENS:
-            yield Case(out, inp, dtype, Spec.parse(spec), tokens, False, "memory")
+    for (out, inp), dtype, spec, tokens in product(shapes, DTYPES, specs, TOKENS):
+        for layers in (1, MODEL_LAYERS) if tokens <= MOST_FEW_TOKENS else (1,):
+            yield Case(out, inp, dtype, Spec.parse(spec), tokens, layers, "memory")
 
 
 def small(quick: bool) -> Iterator[Case]:
     """Layers where sparse does not always win, under policy "latency": is anything slower than dense?"""
     shapes, tokens = (SMALL_SHAPES[1:2], (1, 128)) if quick else (SMALL_SHAPES, SMALL_TOKENS)
     for (out, inp), dtype, count in product(shapes, DTYPES, tokens):
-        yield Case(out, inp, dtype, Spec(64, 2, 8), count, False, "latency")
+        yield Case(out, inp, dtype, Spec(64, 2, 8), count, 1, "latency")
+
+
+class Layers(nn.ModuleList):
+    """Linears alike, each with an input of its own."""
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        """What each layer makes of its input [T, in_features]."""
+        return [layer(x) for layer, x in zip(self, inputs, strict=True)]
 
 
 def run(case: Case, seconds: float) -> Result:
-    """Measure one case."""
-    layer = nn.Linear(case.in_features, case.out_features, dtype=case.dtype).eval()
-    layer.weight.data = random_weight(case.out_features, case.in_features, case.spec, case.dtype)
-    x = torch.randn(case.tokens, case.in_features).to(case.dtype)
-    calls = contenders(layer, (x,), case.policy)
+    """Measure one case; seconds are those of a layer."""
+    size = case.in_features, case.out_features
+    model = Layers(nn.Linear(*size, dtype=case.dtype) for _ in range(case.layers)).eval()
+    fill_with_pattern(model, case.spec)
+    inputs = tuple(torch.randn(case.tokens, case.in_features).to(case.dtype) for _ in model)
+    calls = contenders(model, inputs, case.policy)
     if case.policy == "latency":
         # What a call of any compiled function costs in Dynamo is not at issue here; eager has none of it.
         del calls["eager"]
     with torch.no_grad():
-        return compare(calls, OURS, seconds, case.cold)
+        return compare(calls, OURS, seconds, case.layers)

@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-
-EVICTED_BYTES = 96 << 20  # read between calls where caches must be cold: more than common CPUs keep
-
 
 @dataclass(frozen=True)
 class Result:
     """What was measured of one case.
 
     Attributes:
-        seconds: median seconds a call, by contender.
+        seconds: median seconds a call, or a part of it, by contender.
         baseline: the fastest contender other than ours.
         ratio: median seconds of the baseline over ours: above 1, ours is faster.
         low, high: quartiles of the same ratio taken round by round.
@@ -33,12 +29,11 @@ class Result:
     rounds: int
 
 
-def compare(contenders: Mapping[str, Callable[[], Any]], ours: str, seconds: float = 1.0, cold: bool = False) -> Result:
+def compare(contenders: Mapping[str, Callable[[], Any]], ours: str, seconds: float = 1.0, parts: int = 1) -> Result:
     """Call the contenders in turn for about `seconds` (7 to 300 rounds), so that noise hits all of them alike.
 
-    With `cold`, every call finds its data in memory and not in a cache, as a layer of a large model does.
+    A call consists of `parts` alike, and the seconds are those of one.
     """
-    evicted = torch.ones(EVICTED_BYTES // 4) if cold else None
     for call in contenders.values():
         for _ in range(3):
             call()
@@ -46,11 +41,9 @@ def compare(contenders: Mapping[str, Callable[[], Any]], ours: str, seconds: flo
     begin = time.perf_counter()
     while len(taken[ours]) < 7 or (time.perf_counter() - begin < seconds and len(taken[ours]) < 300):
         for name, call in contenders.items():
-            if evicted is not None:
-                evicted.sum()
             start = time.perf_counter()
             call()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append((time.perf_counter() - start) / parts)
     medians = {name: median(each) for name, each in taken.items()}
     baseline = min((name for name in medians if name != ours), key=medians.__getitem__)
     rounds = [dense / sparse for dense, sparse in zip(taken[baseline], taken[ours], strict=True)]

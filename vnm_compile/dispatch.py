@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from vnm_compile.passes import Decision, PackedInput
-from vnm_compile.weights import PackStore, Stamp, stamp
+from vnm_compile.weights import PackStore, Stamp, counts_versions, stamp
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +30,40 @@ class Variant:
     call: Callable[..., Any]
 
 
-@dataclass(frozen=True)
 class _Binding:
     """The variant and the packed arrays for one set of weights, and what those weights were when they were packed."""
 
-    variant: Variant
-    refs: tuple[weakref.ref[Tensor], ...]
-    stamps: tuple[Stamp | None, ...]  # None for a weight that stays dense, which may be written to freely
-    arrays: tuple[Tensor, ...]
+    def __init__(self, variant: Variant, weights: Mapping[int, Tensor], arrays: tuple[Tensor, ...]) -> None:
+        """Bind `weights`, by their position among the inputs."""
+        self.variant, self.arrays = variant, arrays
+        self._refs = {i: weakref.ref(weight) for i, weight in weights.items()}
+        self._counted: list[tuple[int, weakref.ref[Tensor], int, int]] = []
+        self._others: list[tuple[int, weakref.ref[Tensor], Stamp | None]] = []
+        packed = {i for group in variant.packed for i in group.indices}
+        for i, weight in weights.items():
+            if i not in packed:  # it stays dense, and may be written to freely
+                self._others.append((i, self._refs[i], None))
+            elif counts_versions(weight):
+                version, address = stamp(weight)
+                self._counted.append((i, self._refs[i], version, address))
+            else:
+                self._others.append((i, self._refs[i], stamp(weight)))
 
-    def fresh(self, weights: Sequence[Tensor]) -> bool:
-        for ref, weight, seen in zip(self.refs, weights, self.stamps, strict=True):
-            if ref() is not weight or (seen is not None and stamp(weight) != seen):
+    def fresh(self, args: Sequence[Any]) -> bool:
+        """Whether `args` hold these weights, as they were. Every call asks, so `stamp` is written out here."""
+        for i, ref, version, address in self._counted:
+            weight: Tensor = args[i]
+            if weight is not ref() or weight._version != version or weight.data_ptr() != address:
+                return False
+        for i, ref, seen in self._others:
+            if args[i] is not ref() or (seen is not None and stamp(args[i]) != seen):
                 return False
         return True
+
+    @property
+    def dead(self) -> bool:
+        """Whether one of the weights is gone."""
+        return any(ref() is None for ref in self._refs.values())
 
 
 class Dispatcher:
@@ -64,17 +84,23 @@ class Dispatcher:
         """Compare the inputs at `positions`; `decide` plans for given inputs, `build` compiles what was planned."""
         self._positions = tuple(positions)
         self._decide, self._build = decide, build
+        self._latest: _Binding | None = None
         self._bindings: dict[tuple[int, ...], _Binding] = {}
         self._variants: dict[tuple[Any, ...], Variant] = {}
         _dispatchers.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on its inputs, with whatever its weights hold now."""
-        weights = [args[i] for i in self._positions]
-        binding = self._bindings.get(tuple(map(id, weights)))
-        if binding is None or not binding.fresh(weights):
-            binding = self.bind(args)
+        binding = self._latest
+        if binding is None or not binding.fresh(args):
+            binding = self._bindings.get(self._key(args))
+            if binding is None or not binding.fresh(args):
+                binding = self.bind(args)
+            self._latest = binding
         return binding.variant.call(*args, *binding.arrays)
+
+    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(id(args[i]) for i in self._positions)
 
     def bind(self, args: Sequence[Any], first: bool = False) -> _Binding:
         """Decide, compile if no variant fits, and pack for the weights among `args`.
@@ -90,18 +116,14 @@ class Dispatcher:
                 log.info("weights of the graph ask for other decisions than it was compiled for: compiling a variant")
             variant = self._variants[signature] = self._build(args, decisions, first)
         arrays = tuple(array for group in variant.packed for array in packed_arrays(args, group))
-        weights = [args[i] for i in self._positions]
-        packed = {i for group in variant.packed for i in group.indices}
-        stamps = tuple(stamp(args[i]) if i in packed else None for i in self._positions)
-        binding = _Binding(variant, tuple(map(weakref.ref, weights)), stamps, arrays)
-        dead = [key for key, each in self._bindings.items() if any(ref() is None for ref in each.refs)]
-        for key in dead:
-            del self._bindings[key]
-        self._bindings[tuple(map(id, weights))] = binding
+        binding = _Binding(variant, {i: args[i] for i in self._positions}, arrays)
+        self._bindings = {key: each for key, each in self._bindings.items() if not each.dead}
+        self._bindings[self._key(args)] = binding
         return binding
 
     def forget(self) -> None:
         """Drop every binding, so that the next call packs again."""
+        self._latest = None
         self._bindings.clear()
 
 

@@ -18,6 +18,11 @@ from vnm_compile.tensor import VNMTensor
 Stamp = tuple[int, ...]
 
 
+def counts_versions(weight: Tensor) -> bool:
+    """Whether `stamp` is the version counter and the address: inference tensors have no counter, ours no address."""
+    return not (isinstance(weight, VNMTensor) or weight.is_inference())
+
+
 def stamp(weight: Tensor) -> Stamp:
     """What changes when a weight is written to or its storage is replaced: version counter and address.
 
