@@ -5,18 +5,12 @@
 
 namespace vnm {
 
-// Tokens up to which a permute a token and step is cheaper than a broadcast, an address and a load a value.
-template <typename S, int N>
-constexpr int64_t few_tokens() {
-#if defined(VNM_BF16_PAIRS)
-  if constexpr (kPairs<S, N>) return 16;
-#endif
+// Tokens up to which a permute a token and step is cheaper than what many tokens take.
 #if defined(CPU_CAPABILITY_AVX512)
-  return 12;
+constexpr int64_t kFewTokens = 12;
 #else
-  return 4;
+constexpr int64_t kFewTokens = 4;
 #endif
-}
 
 // The 4 kept activations of each group, side by side; 0 for columns past the last one. `kept` [groups * 4].
 template <typename S, typename C>

@@ -25,9 +25,9 @@ inline void gather_words(
     // Where up to 8 groups are no wider than two registers, one permute picks all that they keep.
     const int64_t together = std::min<int64_t>(8, 64 / m);
     if (together > 0) {
-      alignas(64) uint16_t starts[32];
-      for (int64_t i = 0; i < 32; ++i) starts[i] = static_cast<uint16_t>(i / 4 * m);
-      const __m512i start = _mm512_load_si512(starts);
+      alignas(64) static constexpr uint16_t kQuad[32] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
+                                                         4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
+      const __m512i start = _mm512_mullo_epi16(_mm512_load_si512(kQuad), _mm512_set1_epi16(static_cast<int16_t>(m)));
       for (int64_t t = 0; t < tokens; ++t) {
         const at::BFloat16* from = x + t * ldx;
         uint16_t* to = kept + t * ldk;

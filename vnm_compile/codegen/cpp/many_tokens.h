@@ -1,6 +1,5 @@
 // rows_times_tokens: tokens in the vector lanes.
 #pragma once
-#include "many_tokens_bf16.h"
 #include "sparse_rows.h"
 
 namespace vnm {
@@ -129,31 +128,23 @@ inline void block_times_tokens_by_values(
   transpose_tile(acc, ld, rows, tokens, tile, ldt);
 }
 
-// Vectors of tokens in a tile, at most: for pairs as many as share one expansion of a row, else as many sums as fit into the
-// registers for two rows.
-template <typename S, int N>
-constexpr int64_t kTileVectors = kPairs<S, N> ? 8 : 4;
+// Tokens in a tile, at most: as many sums as fit into the registers for two rows.
+constexpr int64_t kTokenLanesTokens = 4 * kLanes;
 
 // tile [tokens][ldt] = x @ rows.T for up to kMostRows rows of one block; acc [2][rows][ld] is scratch.
 template <typename S, int N>
 inline void block_times_tokens(
-    const Lane<S, N>* xt, const int32_t* offsets, int32_t zero_row, const S* values, int64_t ldv, const uint8_t* metadata,
+    const float* xt, const int32_t* offsets, int32_t zero_row, const S* values, int64_t ldv, const uint8_t* metadata,
     int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
-  if constexpr (kPairs<S, N>) {
-#if defined(VNM_BF16_PAIRS)
-    block_times_tokens_in_pairs(xt, offsets, values, ldv, metadata, ldm, groups, rows, tokens, acc, tile, ldt);
-#endif
-  } else {
-    const auto by_values = [&](auto vectors) {
-      block_times_tokens_by_values<S, N, decltype(vectors)::value>(
-          xt, offsets, zero_row, values, ldv, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
-    };
-    switch ((tokens + kLanes - 1) / kLanes) {
-      case 1: return by_values(Is<1>());
-      case 2: return by_values(Is<2>());
-      case 3: return by_values(Is<3>());
-      default: return by_values(Is<4>());
-    }
+  const auto by_values = [&](auto vectors) {
+    block_times_tokens_by_values<S, N, decltype(vectors)::value>(
+        xt, offsets, zero_row, values, ldv, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
+  };
+  switch ((tokens + kLanes - 1) / kLanes) {
+    case 1: return by_values(Is<1>());
+    case 2: return by_values(Is<2>());
+    case 3: return by_values(Is<3>());
+    default: return by_values(Is<4>());
   }
 }
 

@@ -30,7 +30,7 @@
 #include <type_traits>
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-#define VNM_BF16_PAIRS 1  // a dot product of two pairs of bf16 a lane, and 16-bit values spread by a mask
+#define VNM_BF16_PAIRS 1  // a dot product of two pairs of bf16 a lane, and permutes of 16-bit words
 #endif
 
 namespace vnm {
@@ -61,7 +61,7 @@ inline Vec load_vector(const at::Half* p) {
   return result;
 }
 
-// Whether the two values of a group are multiplied together, as a pair of bf16.
+// Whether the two values of a group are multiplied together, by vdpbf16ps.
 #if defined(VNM_BF16_PAIRS)
 template <typename S, int N>
 constexpr bool kPairs = N == 2 && std::is_same_v<S, at::BFloat16>;
@@ -70,30 +70,21 @@ template <typename S, int N>
 constexpr bool kPairs = false;
 #endif
 
-// What an activation is in the transposed x: the bits of a bf16 where pairs are multiplied, else a float.
-template <typename S, int N>
-using Lane = std::conditional_t<kPairs<S, N>, uint16_t, float>;
-
-inline void store_lanes(const float* from, float* to) { Vec::loadu(from).store(to); }
-#if defined(VNM_BF16_PAIRS)
-// The upper halves of floats that were bf16.
-inline void store_lanes(const float* from, uint16_t* to) {
-  const __m512i bits = _mm512_srli_epi32(_mm512_loadu_si512(from), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bits));
-}
-#endif
+// Whether many tokens are multiplied with rows in the lanes of a vector, which blocks of V rows have to fill.
+template <typename S, int N, int64_t V>
+constexpr bool kRowLanes = kPairs<S, N> && V >= kLanes;
 
 // x [tokens, columns] (row stride ldx) to xt [columns][ld]; lanes past `tokens` up to whole vectors are zero.
-template <typename S, typename L>
-inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, L* xt, int64_t ld) {
+template <typename S>
+inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, float* xt, int64_t ld) {
   alignas(64) float square[kLanes * kLanes], turned[kLanes * kLanes];
   for (int64_t t = 0; t < tokens; t += kLanes) {
     const int64_t nt = std::min(kLanes, tokens - t);
     for (int64_t k = 0; k < columns; k += kLanes) {
       const int64_t nk = std::min(kLanes, columns - k);
       const S* from = x + t * ldx + k;
-      L* to = xt + k * ld + t;
-      if constexpr (std::is_same_v<S, float> && std::is_same_v<L, float>) {
+      float* to = xt + k * ld + t;
+      if constexpr (std::is_same_v<S, float>) {
         if (nt == kLanes && nk == kLanes) {
           at::vec::transpose_mxn<float>(from, ldx, to, ld, kLanes, kLanes);
           continue;
@@ -109,7 +100,7 @@ inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, 
           for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(from[i * ldx + j]);
       }
       at::vec::transpose_mxn<float>(square, kLanes, turned, kLanes, kLanes, kLanes);
-      for (int64_t j = 0; j < nk; ++j) store_lanes(turned + j * kLanes, to + j * ld);
+      for (int64_t j = 0; j < nk; ++j) Vec::loadu(turned + j * kLanes).store(to + j * ld);
     }
   }
 }
