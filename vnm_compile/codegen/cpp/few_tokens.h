@@ -1,6 +1,7 @@
 // rows_times_few_tokens: groups in the vector lanes.
 #pragma once
 #include "few_tokens_bf16.h"
+#include "kept.h"
 #include "sparse_rows.h"
 
 namespace vnm {
@@ -11,18 +12,6 @@ constexpr int64_t kFewTokens = 12;
 #else
 constexpr int64_t kFewTokens = 4;
 #endif
-
-// The 4 kept activations of each group, side by side; 0 for columns past the last one. `kept` [groups * 4].
-template <typename S, typename C>
-inline void gather_kept(
-    const S* x, const C* columns, int64_t groups, int64_t m, int64_t in_features, float* kept) {
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t c = 0; c < 4; ++c) {
-      const int64_t column = g * m + columns[g * 4 + c];
-      kept[g * 4 + c] = column < in_features ? static_cast<float>(x[column]) : 0.f;
-    }
-  }
-}
 
 #if defined(CPU_CAPABILITY_AVX512)
 
@@ -107,8 +96,8 @@ inline void rows_times_few_tokens(
 
 #endif
 
-// Floats of scratch that the kept activations of one token take.
-constexpr int64_t kept_size(int64_t groups) { return (groups * 4 + 63) / 64 * 64; }
+// Floats of scratch that the kept activations of one token take: what a step of groups reads, and what a gather writes.
+constexpr int64_t kept_size(int64_t groups) { return (groups * 4 + 63) / 64 * 64 + 16; }
 
 // tile [tokens][ldt] = x @ rows.T for `rows` rows of one block and a few tokens; x [tokens][ldx]. `scratch`
 // [tokens][kept_size] starts as zeros.
@@ -123,13 +112,12 @@ inline void block_times_few_tokens(
   if constexpr (kPairs<S, N>) {
     auto* words = reinterpret_cast<uint16_t*>(scratch);
     const int64_t ldw = kept_words(groups);
-    gather_words(x, ldx, tokens, columns, groups, m, in_features, words, ldw);
+    gather_kept(x, ldx, tokens, columns, groups, m, in_features, words, ldw);
     return block_times_few_words(words, ldw, values, ldv, metadata, ldm, groups, rows, tokens, tile, ldt);
   }
 #endif
   const int64_t ldk = kept_size(groups);
-  for (int64_t t = 0; t < tokens; ++t)
-    gather_kept(x + t * ldx, columns, groups, m, in_features, scratch + t * ldk);
+  gather_kept(x, ldx, tokens, columns, groups, m, in_features, scratch, ldk);
   // Four tokens at a time; so few rows that they stay in the L1 cache from one pass to the next.
   constexpr int64_t kRows = 4;
   for (int64_t first = 0; first < rows; first += kRows) {

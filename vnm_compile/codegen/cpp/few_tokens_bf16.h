@@ -4,6 +4,7 @@
 //    kept      | k0 k1 k2 k3 | ...            of 16 groups: 64 words, two registers
 //    picked    | k[i0] k[i1] | ...            one permute of words; then one vdpbf16ps, a group a lane
 #pragma once
+#include "kept.h"
 #include "sparse_rows.h"
 
 namespace vnm {
@@ -15,52 +16,6 @@ constexpr int64_t kWordGroups = 16;
 // Words from one token's kept activations to the next. Not a multiple of 4 KB: tables of several tokens, which are read
 // side by side, would fall into the same few places of the L1 cache.
 inline int64_t kept_words(int64_t groups) { return (groups * 4 + 63) / 64 * 64 + 32; }
-
-// The kept activations of each group, side by side, for every token: `kept` [tokens][ldk], 0 for columns past the last one.
-template <typename C>
-inline void gather_words(
-    const at::BFloat16* x, int64_t ldx, int64_t tokens, const C* columns, int64_t groups, int64_t m, int64_t in_features,
-    uint16_t* kept, int64_t ldk) {
-  if constexpr (sizeof(C) == 1) {
-    // Where up to 8 groups are no wider than two registers, one permute picks all that they keep.
-    const int64_t together = std::min<int64_t>(8, 64 / m);
-    if (together > 0) {
-      alignas(64) static constexpr uint16_t kQuad[32] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
-                                                         4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
-      const __m512i start = _mm512_mullo_epi16(_mm512_load_si512(kQuad), _mm512_set1_epi16(static_cast<int16_t>(m)));
-      for (int64_t t = 0; t < tokens; ++t) {
-        const at::BFloat16* from = x + t * ldx;
-        uint16_t* to = kept + t * ldk;
-        // Whole registers are stored: what is too much the next store replaces, the last time by zeros.
-        int64_t g = 0;
-        for (; g + together <= groups && g * m + 64 <= in_features; g += together) {
-          const __m256i offset = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + g * 4));
-          const __m512i index = _mm512_add_epi16(_mm512_cvtepu8_epi16(offset), start);
-          const __m512i first = _mm512_loadu_si512(from + g * m), second = _mm512_loadu_si512(from + g * m + 32);
-          _mm512_storeu_si512(to + g * 4, _mm512_permutex2var_epi16(first, index, second));
-        }
-        for (; g < groups; g += together) {
-          const int64_t count = std::min(together, groups - g), width = std::min<int64_t>(64, in_features - g * m);
-          const auto low = static_cast<__mmask32>((uint64_t{1} << std::min<int64_t>(width, 32)) - 1);
-          const auto high = static_cast<__mmask32>((uint64_t{1} << std::max<int64_t>(width - 32, 0)) - 1);
-          const auto out = static_cast<__mmask32>((uint64_t{1} << (4 * count)) - 1);
-          const __m256i offset = _mm256_maskz_loadu_epi8(out, columns + g * 4);
-          const __m512i index = _mm512_add_epi16(_mm512_cvtepu8_epi16(offset), start);
-          const __m512i first = _mm512_maskz_loadu_epi16(low, from + g * m);
-          const __m512i second = _mm512_maskz_loadu_epi16(high, from + g * m + 32);
-          _mm512_storeu_si512(to + g * 4, _mm512_maskz_permutex2var_epi16(out, first, index, second));
-        }
-      }
-      return;
-    }
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t i = 0; i < groups * 4; ++i) {
-      const int64_t column = i / 4 * m + columns[i];
-      kept[t * ldk + i] = column < in_features ? x[t * ldx + column].x : 0;
-    }
-  }
-}
 
 // For each of 32 values the place of its column among the 64 kept ones of its 16 groups, from 8 bytes of metadata.
 inline __m512i word_index(uint64_t codes) {

@@ -71,8 +71,13 @@ constexpr bool kPairs = false;
 #endif
 
 // Whether many tokens are multiplied with rows in the lanes of a vector, which blocks of V rows have to fill.
-template <typename S, int N, int64_t V>
-constexpr bool kRowLanes = kPairs<S, N> && V >= kLanes;
+#if defined(CPU_CAPABILITY_AVX512)
+template <int64_t V>
+constexpr bool kRowLanes = V >= kLanes;
+#else
+template <int64_t V>
+constexpr bool kRowLanes = false;
+#endif
 
 // x [tokens, columns] (row stride ldx) to xt [columns][ld]; lanes past `tokens` up to whole vectors are zero.
 template <typename S>

@@ -1,0 +1,266 @@
+// rows_times_tables: rows in the vector lanes.
+//
+// The rows of a block keep the same 4 columns of a group, each row N of them. So what a token has in these columns is one
+// small table for all rows, and a permute looks up what each row multiplies:
+//
+//     weights    | v of row 0 | v of row 1 | ...       16 rows, one value of each, transposed as they are read
+//     lookup     | i of row 0 | i of row 1 | ...       where in the table, from 2 bits of metadata
+//     table      | k0 k1 k2 k3 | l0 l1 l2 l3 | ...     of one token and 4 groups
+//     sum        += weights * permute(table, lookup)
+//
+// In bf16 with N = 2 a lane holds both values of a group, the table is that of one group, broadcast, a shuffle of bytes
+// looks up the pair, and vdpbf16ps adds two products.
+//
+// Nothing is multiplied by zero, no lanes are left to add up, and x needs no transpose.
+#pragma once
+#include "kept.h"
+#include "sparse_rows.h"
+
+namespace vnm {
+
+// Tokens in a tile, at most: they share one laying out of the rows.
+constexpr int64_t kRowLanesTokens = 256;
+
+// tile [tokens][ldt] = x @ rows.T for `rows` rows of one block; x [tokens][ldx]. Defined where kRowLanes may be true.
+template <typename S, int N, typename C>
+void block_times_tables(
+    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const S* values, int64_t ldv,
+    const uint8_t* metadata, int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt);
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+// Rows of a vector, and vectors of a tile.
+constexpr int64_t kLaneRows = 16, kLaneVectors = kMostRows / kLaneRows;
+
+// What 16 rows multiply at once: a value of each, or a pair of them.
+struct alignas(64) LaneStep {
+  uint32_t weights[kLaneRows], lookup[kLaneRows];
+};
+
+// Steps that are laid out at a time: 16 KB, which leave some of an L1 of 48 KB.
+constexpr int64_t kPanelSteps = 32;
+using LanePanel = LaneStep[kPanelSteps][kLaneVectors];
+
+// Values and bits of metadata of a step, and groups of a panel.
+template <typename S, int N>
+constexpr int64_t kStepValues = kPairs<S, N> ? 2 : 1;
+template <typename S, int N>
+constexpr int64_t kStepBits = 2 * kStepValues<S, N>;
+template <typename S, int N>
+constexpr int64_t kPanelGroups = kPanelSteps * kStepValues<S, N> / N;
+
+// What a table holds, how many tokens are looked up at a time, and from one's tables to the next's.
+template <typename S, int N>
+using Kept = std::conditional_t<kPairs<S, N>, uint16_t, float>;
+constexpr int64_t kTableTokens = 8;
+template <typename S, int N>
+constexpr int64_t kTableStride = kPanelGroups<S, N> * 4 + 64 / static_cast<int64_t>(sizeof(Kept<S, N>));
+
+// In each quarter of four vectors a 4 x 4 transpose.
+inline void transpose_quarters(__m512i& a, __m512i& b, __m512i& c, __m512i& d) {
+  const __m512i ab = _mm512_unpacklo_epi32(a, b), ab2 = _mm512_unpackhi_epi32(a, b);
+  const __m512i cd = _mm512_unpacklo_epi32(c, d), cd2 = _mm512_unpackhi_epi32(c, d);
+  a = _mm512_unpacklo_epi64(ab, cd);
+  b = _mm512_unpackhi_epi64(ab, cd);
+  c = _mm512_unpacklo_epi64(ab2, cd2);
+  d = _mm512_unpackhi_epi64(ab2, cd2);
+}
+
+// A 4 x 4 transpose of the quarters of four vectors.
+inline void transpose_of_quarters(__m512i& a, __m512i& b, __m512i& c, __m512i& d) {
+  const __m512i ab = _mm512_shuffle_i32x4(a, b, 0x88), ab2 = _mm512_shuffle_i32x4(a, b, 0xDD);
+  const __m512i cd = _mm512_shuffle_i32x4(c, d, 0x88), cd2 = _mm512_shuffle_i32x4(c, d, 0xDD);
+  a = _mm512_shuffle_i32x4(ab, cd, 0x88);
+  b = _mm512_shuffle_i32x4(ab2, cd2, 0x88);
+  c = _mm512_shuffle_i32x4(ab, cd, 0xDD);
+  d = _mm512_shuffle_i32x4(ab2, cd2, 0xDD);
+}
+
+// The rows of an array one after the other. The compiler would rather keep 16 pointers, for which it has no registers.
+template <bool Full, typename P>
+struct LaneRow {
+  const P* at;
+  int64_t distance, left;  // lanes past the last row repeat it
+  void next() {
+    if (Full || --left > 0) at += distance;
+    asm("" : "+r"(at));
+  }
+};
+
+// The lookup of step `step`, whose codes are the lowest bits of each lane.
+template <typename S, int N>
+inline __m512i lookup_of_codes(__m512i codes, int64_t step) {
+  if constexpr (kPairs<S, N>) {
+    // For each value of the two indices the bytes to take.
+    alignas(64) static constexpr uint32_t kBytes[16] = {
+        0x01000100, 0x01000302, 0x01000504, 0x01000706, 0x03020100, 0x03020302, 0x03020504, 0x03020706,
+        0x05040100, 0x05040302, 0x05040504, 0x05040706, 0x07060100, 0x07060302, 0x07060504, 0x07060706};
+    return _mm512_permutexvar_epi32(codes, _mm512_load_si512(kBytes));
+  } else {
+    const __m512i group = _mm512_set1_epi32(static_cast<int>(step / N % 4 * 4));
+    return _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(3), group, 0xEA);  // (codes & 3) | group
+  }
+}
+
+// The lookups of 16 rows over up to kPanelSteps steps. Metadata `ahead` bytes further on are fetched, unless that is 0.
+template <typename S, int N, bool Full>
+inline void lay_out_lookups(LaneRow<Full, uint8_t> row, int64_t steps, int64_t ahead, LaneStep (*panel)[kLaneVectors]) {
+  constexpr int kBits = kStepBits<S, N>, kWords = kPanelSteps * kBits / 32, kWordSteps = 32 / kBits;
+  const auto bytes = static_cast<__mmask16>((1u << ((steps * kBits + 7) / 8)) - 1);
+  __m512i codes[4];  // row 4 * q + i in quarter q of codes[i]
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, row.next()) {
+      const __m128i bits = _mm_maskz_loadu_epi8(bytes, row.at);
+      if (ahead > 0) __builtin_prefetch(row.at + ahead);
+      codes[i] = q == 0 ? _mm512_castsi128_si512(bits)
+                        : _mm512_mask_broadcast_i32x4(codes[i], static_cast<__mmask16>(15 << (4 * q)), bits);
+    }
+  transpose_quarters(codes[0], codes[1], codes[2], codes[3]);  // now 32 bits of 16 rows in each
+#pragma GCC unroll 4
+  for (int i = 0; i < kWords; ++i)
+#pragma GCC unroll 16
+    for (int s = 0; s < kWordSteps; ++s) {
+      const __m512i lowest = s == 0 ? codes[i] : _mm512_srli_epi32(codes[i], kBits * s);
+      _mm512_store_si512(panel[i * kWordSteps + s][0].lookup, lookup_of_codes<S, N>(lowest, i * kWordSteps + s));
+    }
+}
+
+// The values of 16 rows over up to 16 steps; past the last one they are 0.
+template <typename S, int N, bool Full>
+inline void lay_out_weights(LaneRow<Full, S> from, int64_t steps, LaneStep (*panel)[kLaneVectors]) {
+  const auto real = static_cast<__mmask16>((1u << std::min<int64_t>(16, steps)) - 1);
+  __m512i row[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i, from.next()) {
+    if constexpr (kPairs<S, N>)
+      row[i] = _mm512_maskz_loadu_epi32(real, from.at);
+    else
+      row[i] = _mm512_castps_si512(load_values(from.at, real));
+    asm("" : "+v"(row[i]));  // loaded once: the compiler would rather load again at every use
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) transpose_quarters(row[i], row[i + 1], row[i + 2], row[i + 3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) transpose_of_quarters(row[i], row[i + 4], row[i + 8], row[i + 12]);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(panel[i][0].weights, row[i]);
+}
+
+// Lay out `rows` rows over up to kPanelSteps steps; `ahead` as above.
+template <typename S, int N>
+inline void lay_out_rows(
+    const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t steps, int64_t rows, int64_t ahead,
+    LanePanel panel) {
+  const auto vector = [&](auto full, int64_t r) {
+    constexpr bool Full = decltype(full)::value;
+    auto* to = reinterpret_cast<LaneStep(*)[kLaneVectors]>(&panel[0][r / kLaneRows]);
+    lay_out_lookups<S, N, Full>({metadata + r * ldm, ldm, rows - r}, steps, ahead, to);
+    for (int64_t s = 0; s < steps; s += 16)
+      lay_out_weights<S, N, Full>({values + r * ldv + s * kStepValues<S, N>, ldv, rows - r}, steps - s, to + s);
+  };
+  int64_t r = 0;
+  for (; r + kLaneRows <= rows; r += kLaneRows) vector(std::true_type(), r);
+  if (r < rows) vector(std::false_type(), r);
+}
+
+// What to fetch from memory meanwhile: `bytes` with every step.
+struct Fetch {
+  const char* from;
+  int64_t bytes;
+};
+
+// tile [T][ldt] of V vectors of rows, from `tables` [T][kTableStride]; with `more`, add to it. Only the first `tokens` are
+// real, and of the last vector the lanes `last`. Not inlined, where the compiler would keep copies on the stack.
+template <typename S, int N, int T, int V>
+__attribute__((noinline)) void rows_times_tables(
+    const Kept<S, N>* tables, const LaneStep (*panel)[kLaneVectors], int64_t steps, bool more, __mmask16 last,
+    int64_t tokens, float* tile, int64_t ldt, Fetch fetch) {
+  __m512 sum[T][V];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[t][v] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < steps; ++s) {
+    __m512i weights[V], lookup[V];
+    for (int64_t b = 0; b < fetch.bytes; b += 64) __builtin_prefetch(fetch.from + s * fetch.bytes + b);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      weights[v] = _mm512_load_si512(panel[s][v].weights);
+      lookup[v] = _mm512_load_si512(panel[s][v].lookup);
+      asm("" : "+v"(weights[v]), "+v"(lookup[v]));  // pinned, as the rows above
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      __m512i table;
+      if constexpr (kPairs<S, N>) {
+        int64_t kept;
+        std::memcpy(&kept, tables + t * kTableStride<S, N> + s * 4, 8);
+        table = _mm512_set1_epi64(kept);
+      } else {
+        table = _mm512_load_si512(tables + t * kTableStride<S, N> + s / (4 * N) * 16);
+      }
+      if constexpr (V > 1) asm("" : "+v"(table));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        if constexpr (kPairs<S, N>) {
+          const __m512i kept = _mm512_shuffle_epi8(table, lookup[v]);
+          sum[t][v] = _mm512_dpbf16_ps(sum[t][v], (__m512bh)weights[v], (__m512bh)kept);
+        } else {
+          const __m512 kept = _mm512_castsi512_ps(_mm512_permutexvar_epi32(lookup[v], table));
+          sum[t][v] = _mm512_fmadd_ps(_mm512_castsi512_ps(weights[v]), kept, sum[t][v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    if (t >= tokens) break;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const __mmask16 lanes = v == V - 1 ? last : 0xFFFF;
+      float* to = tile + t * ldt + v * kLaneRows;
+      _mm512_mask_storeu_ps(to, lanes, more ? _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum[t][v]) : sum[t][v]);
+    }
+  }
+}
+
+template <typename S, int N, typename C>
+void block_times_tables(
+    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const S* values, int64_t ldv,
+    const uint8_t* metadata, int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
+  constexpr int64_t kValues = kStepValues<S, N>, kBits = kStepBits<S, N>, kStride = kTableStride<S, N>;
+  LanePanel panel;
+  alignas(64) Kept<S, N> tables[kTableTokens * kStride] = {};
+  const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows, steps = groups * N / kValues;
+  const auto tail = static_cast<__mmask16>(0xFFFF >> (vectors * kLaneRows - rows));
+  // The rows that come next lie one after the other, and are fetched in this order: panel by panel would be slower.
+  const int64_t passes = (tokens + kTableTokens - 1) / kTableTokens * ((vectors + 1) / 2) * steps;
+  Fetch fetch{
+      reinterpret_cast<const char*>(values + rows * ldv), rows * ldv * static_cast<int64_t>(sizeof(S)) / passes};
+  for (int64_t s = 0; s < steps; s += kPanelSteps) {
+    const int64_t count = std::min(kPanelSteps, steps - s), g = s * kValues / N, kept = count * kValues / N;
+    const bool next_line = s % (512 / kBits) == 0;  // of metadata
+    lay_out_rows<S, N>(
+        values + s * kValues, ldv, metadata + s * kBits / 8, ldm, count, rows, next_line ? rows * ldm : 0, panel);
+    for (int64_t t = 0; t < tokens; t += kTableTokens) {
+      const int64_t real = std::min(kTableTokens, tokens - t);
+      gather_kept(x + t * ldx + g * m, ldx, real, columns + g * 4, kept, m, in_features - g * m, tables, kStride);
+      const auto multiply = [&](auto together, auto side, int64_t v) {
+        constexpr int T = decltype(together)::value, V = decltype(side)::value;
+        rows_times_tables<S, N, T, V>(
+            tables, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[0][v]), count, s > 0,
+            v + V == vectors ? tail : 0xFFFF, real, tile + t * ldt + v * kLaneRows, ldt, fetch);
+        fetch.from += count * fetch.bytes;
+      };
+      int64_t v = 0;
+      for (; v + 2 <= vectors; v += 2) real > 4 ? multiply(Is<8>(), Is<2>(), v) : multiply(Is<4>(), Is<2>(), v);
+      if (v < vectors) multiply(Is<8>(), Is<1>(), v);
+    }
+  }
+}
+
+#endif
+
+}  // namespace vnm
