@@ -1,4 +1,9 @@
-// rows_times_few_tokens: groups in the vector lanes.
+// rows_times_few_tokens: groups in the vector lanes, where there are so few tokens that only the weight's bytes count. The
+// kept activations of 8 groups (N = 2) fill two registers, and a permute by the indices lines them up with 16 values:
+//
+//     values    | v0 v1 | v2 v3 | v4 v5 | ...       16 of 8 groups, as stored
+//     indices   | i0 i1 | i2 i3 | i4 i5 | ...       32 bits of metadata, spread over the lanes
+//     kept      | k0 k1 k2 k3 | k4 k5 k6 k7 | ...   gathered once a block
 #pragma once
 #include "few_tokens_bf16.h"
 #include "kept.h"
@@ -6,10 +11,13 @@
 
 namespace vnm {
 
-// Tokens up to which a permute a token and step is cheaper than what many tokens take.
+// Tokens up to which groups in the lanes are the best: a permute a token and step is cheaper than a broadcast, an address and
+// a load a value, and cheaper than laying out rows for so few.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int64_t kFewTokens = 12;
+template <int64_t V>
+constexpr int64_t kFewTokens = kRowLanes<V> ? 8 : 12;
 #else
+template <int64_t V>
 constexpr int64_t kFewTokens = 4;
 #endif
 

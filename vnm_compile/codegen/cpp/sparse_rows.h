@@ -1,24 +1,12 @@
 // Sparse rows times dense tokens: the arithmetic of V:N:M on a CPU.
 //
-// Two kernels, both over rows of one V block, both reading every compressed byte once and in order:
+// Three kernels, all over rows of one V block. They differ in what lies in the lanes of a vector:
 //
-//   rows_times_tokens     tokens in the vector lanes. x is transposed once, so that a column of the weight is a row of
-//                         tokens; a value is broadcast, its 2-bit index picks one of the block's 4 column addresses, and
-//                         one FMA a vector of tokens does only the N/M of the work that is not zero:
+//   groups   few_tokens.h, few_tokens_bf16.h    few tokens: every compressed byte is read once and in order, as it is stored
+//   rows     row_lanes.h                        more tokens, with AVX-512, where a block has rows enough to fill a vector
+//   tokens   token_lanes.h                      more tokens, everywhere else
 //
-//        xt   [in_features][tokens]         acc [rows][tokens]
-//        column g*M+c0  | | | | | | | |
-//        column g*M+c1  |#|#|#|#|#|#|#|  x value ->  += row r
-//        column g*M+c2  | | | | | | | |         (index 1)
-//        column g*M+c3  | | | | | | | |
-//
-//   rows_times_few_tokens  groups in the vector lanes, for up to 12 tokens, where only the weight's bytes count. The kept
-//                          activations of 8 groups (N = 2) fill two registers, and a permute by the indices lines them
-//                          up with 16 values:
-//
-//        values    | v0 v1 | v2 v3 | v4 v5 | ...       16 of 8 groups, as stored
-//        indices   | i0 i1 | i2 i3 | i4 i5 | ...       32 bits of metadata, spread over the lanes
-//        kept      | k0 k1 k2 k3 | k4 k5 k6 k7 | ...   gathered once a block
+// kept.h gathers what a token has in the columns that a block keeps, which the first two begin with.
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
@@ -49,18 +37,6 @@ inline Buffer aligned_buffer(int64_t count) {
   return Buffer(static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
 }
 
-inline Vec load_vector(const float* p) { return Vec::loadu(p); }
-inline Vec load_vector(const at::BFloat16* p) {
-  Vec result;
-  at::vec::load_fp32_from_bf16(p, result);
-  return result;
-}
-inline Vec load_vector(const at::Half* p) {
-  Vec result;
-  at::vec::load_fp32_from_fp16(p, result);
-  return result;
-}
-
 // Whether the two values of a group are multiplied together, by vdpbf16ps.
 #if defined(VNM_BF16_PAIRS)
 template <typename S, int N>
@@ -78,37 +54,6 @@ constexpr bool kRowLanes = V >= kLanes;
 template <int64_t V>
 constexpr bool kRowLanes = false;
 #endif
-
-// x [tokens, columns] (row stride ldx) to xt [columns][ld]; lanes past `tokens` up to whole vectors are zero.
-template <typename S>
-inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, float* xt, int64_t ld) {
-  alignas(64) float square[kLanes * kLanes], turned[kLanes * kLanes];
-  for (int64_t t = 0; t < tokens; t += kLanes) {
-    const int64_t nt = std::min(kLanes, tokens - t);
-    for (int64_t k = 0; k < columns; k += kLanes) {
-      const int64_t nk = std::min(kLanes, columns - k);
-      const S* from = x + t * ldx + k;
-      float* to = xt + k * ld + t;
-      if constexpr (std::is_same_v<S, float>) {
-        if (nt == kLanes && nk == kLanes) {
-          at::vec::transpose_mxn<float>(from, ldx, to, ld, kLanes, kLanes);
-          continue;
-        }
-      }
-      if (nt < kLanes || nk < kLanes) {
-        std::fill(square, square + kLanes * kLanes, 0.f);
-      }
-      if (nk == kLanes) {
-        for (int64_t i = 0; i < nt; ++i) load_vector(from + i * ldx).store(square + i * kLanes);
-      } else {
-        for (int64_t i = 0; i < nt; ++i)
-          for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(from[i * ldx + j]);
-      }
-      at::vec::transpose_mxn<float>(square, kLanes, turned, kLanes, kLanes, kLanes);
-      for (int64_t j = 0; j < nk; ++j) Vec::loadu(turned + j * kLanes).store(to + j * ld);
-    }
-  }
-}
 
 #if defined(CPU_CAPABILITY_AVX512)
 
@@ -152,12 +97,6 @@ inline void transpose_tile(const float* acc, int64_t ld, int64_t rows, int64_t t
   }
   for (; r < rows; ++r)
     for (int64_t t = 0; t < tokens; ++t) tile[t * ldt + r] = acc[r * ld + t];
-}
-
-// Fetch values that a row holds further on: the rows of a weight lie so far apart that no hardware prefetcher follows.
-template <typename S>
-inline void prefetch_values(const S* values, int64_t ahead) {
-  __builtin_prefetch(values + ahead);
 }
 
 // Fetch what comes after U cache lines of values of R rows, and after their metadata. Row by row a weight is one stream, in

@@ -48,7 +48,7 @@ def _source(name: str) -> str:
 @cache
 def _arithmetic() -> str:
     """The kernels' headers as one text."""
-    headers = ("sparse_rows.h", "kept.h", "few_tokens_bf16.h", "few_tokens.h", "many_tokens.h", "row_lanes.h")
+    headers = ("sparse_rows.h", "kept.h", "few_tokens_bf16.h", "few_tokens.h", "token_lanes.h", "row_lanes.h")
     text = "".join(map(_source, headers))
     return re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
 

@@ -1,8 +1,65 @@
-// rows_times_tokens: tokens in the vector lanes.
+// rows_times_tokens: tokens in the vector lanes. x is transposed once, so that a column of the weight is a row of tokens; a
+// value is broadcast, its 2-bit index picks one of the block's 4 column addresses, and one FMA a vector of tokens does only
+// the N/M of the work that is not zero:
+//
+//     xt   [in_features][tokens]         acc [rows][tokens]
+//     column g*M+c0  | | | | | | | |
+//     column g*M+c1  |#|#|#|#|#|#|#|  x value ->  += row r
+//     column g*M+c2  | | | | | | | |         (index 1)
+//     column g*M+c3  | | | | | | | |
 #pragma once
 #include "sparse_rows.h"
 
 namespace vnm {
+
+inline Vec load_vector(const float* p) { return Vec::loadu(p); }
+inline Vec load_vector(const at::BFloat16* p) {
+  Vec result;
+  at::vec::load_fp32_from_bf16(p, result);
+  return result;
+}
+inline Vec load_vector(const at::Half* p) {
+  Vec result;
+  at::vec::load_fp32_from_fp16(p, result);
+  return result;
+}
+
+// x [tokens, columns] (row stride ldx) to xt [columns][ld]; lanes past `tokens` up to whole vectors are zero.
+template <typename S>
+inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, float* xt, int64_t ld) {
+  alignas(64) float square[kLanes * kLanes], turned[kLanes * kLanes];
+  for (int64_t t = 0; t < tokens; t += kLanes) {
+    const int64_t nt = std::min(kLanes, tokens - t);
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      const int64_t nk = std::min(kLanes, columns - k);
+      const S* from = x + t * ldx + k;
+      float* to = xt + k * ld + t;
+      if constexpr (std::is_same_v<S, float>) {
+        if (nt == kLanes && nk == kLanes) {
+          at::vec::transpose_mxn<float>(from, ldx, to, ld, kLanes, kLanes);
+          continue;
+        }
+      }
+      if (nt < kLanes || nk < kLanes) {
+        std::fill(square, square + kLanes * kLanes, 0.f);
+      }
+      if (nk == kLanes) {
+        for (int64_t i = 0; i < nt; ++i) load_vector(from + i * ldx).store(square + i * kLanes);
+      } else {
+        for (int64_t i = 0; i < nt; ++i)
+          for (int64_t j = 0; j < nk; ++j) square[i * kLanes + j] = static_cast<float>(from[i * ldx + j]);
+      }
+      at::vec::transpose_mxn<float>(square, kLanes, turned, kLanes, kLanes, kLanes);
+      for (int64_t j = 0; j < nk; ++j) Vec::loadu(turned + j * kLanes).store(to + j * ld);
+    }
+  }
+}
+
+// Fetch values that a row holds further on: the rows of a weight lie so far apart that no hardware prefetcher follows.
+template <typename S>
+inline void prefetch_values(const S* values, int64_t ahead) {
+  __builtin_prefetch(values + ahead);
+}
 
 // Where the 4 kept columns of each group start in xt; columns past the last one point at a row of zeros.
 template <typename C>
