@@ -30,7 +30,7 @@ TARGETS = {
 }
 
 
-MODEL_LAYERS = 8  # of a call where a layer is timed as one of a model
+MODEL_LAYERS = 16  # of a call where a layer is timed as one of a model
 
 
 @dataclass(frozen=True)

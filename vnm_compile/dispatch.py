@@ -35,7 +35,7 @@ class _Binding:
 
     def __init__(self, variant: Variant, weights: Mapping[int, Tensor], arrays: tuple[Tensor, ...]) -> None:
         """Bind `weights`, by their position among the inputs."""
-        self.variant, self.arrays = variant, arrays
+        self.variant, self.call, self.arrays = variant, variant.call, arrays
         self._refs = {i: weakref.ref(weight) for i, weight in weights.items()}
         self._counted: list[tuple[int, weakref.ref[Tensor], int, int]] = []
         self._others: list[tuple[int, weakref.ref[Tensor], Stamp | None]] = []
@@ -97,7 +97,7 @@ class Dispatcher:
             if binding is None or not binding.fresh(args):
                 binding = self.bind(args)
             self._latest = binding
-        return binding.variant.call(*args, *binding.arrays)
+        return binding.call(*args, *binding.arrays)
 
     def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
         return tuple(id(args[i]) for i in self._positions)

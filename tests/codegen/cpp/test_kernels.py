@@ -17,8 +17,8 @@ from vnm_compile.spec import Spec
 # The second count makes the tokens dynamic: one kernel serves all that follow.
 TOKENS = (1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 50, 64, 65, 131, 300)
 
-# Pattern, out_features, in_features: tails in rows, columns, metadata bytes and vectors, V from 1 to 128 and one that is
-# no multiple of a vector's lanes, wide columns, and more groups than are looked up at a time.
+# Pattern, out_features, in_features: tails in rows, columns, metadata bytes and vectors, V from 1 to 128 and one that
+# is no multiple of a vector's lanes, wide columns, and more groups than are looked up at a time.
 CASES = [
     ("64:2:8", 128, 256),
     ("32:2:5", 100, 203),

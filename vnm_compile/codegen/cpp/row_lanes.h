@@ -165,10 +165,17 @@ inline void lay_out_rows(
   if (r < rows) vector(std::false_type(), r);
 }
 
-// What to fetch from memory meanwhile: `bytes` with every step.
+// What to fetch from memory meanwhile: `count` cache lines, one with every step. They are numbered row by row, kFetchLines in
+// each, and the first is number `first`. Row by row, since single lines from many rows come slower; and not more of a row, since
+// what is fetched, what is still needed and x share the L2.
+constexpr int64_t kFetchPanels = 4, kFetchLines = 8;
 struct Fetch {
   const char* from;
-  int64_t bytes;
+  int64_t distance, first, count;  // distance of rows in bytes
+  void line(int64_t step) const {
+    const int64_t i = first + step;
+    if (step < count) __builtin_prefetch(from + i / kFetchLines * distance + i % kFetchLines * 64);
+  }
 };
 
 // tile [T][ldt] of V vectors of rows, from `tables` [T][kTableStride]; with `more`, add to it. Only the first `tokens` are
@@ -184,7 +191,7 @@ __attribute__((noinline)) void rows_times_tables(
     for (int v = 0; v < V; ++v) sum[t][v] = _mm512_setzero_ps();
   for (int64_t s = 0; s < steps; ++s) {
     __m512i weights[V], lookup[V];
-    for (int64_t b = 0; b < fetch.bytes; b += 64) __builtin_prefetch(fetch.from + s * fetch.bytes + b);
+    fetch.line(s);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       weights[v] = _mm512_load_si512(panel[s][v].weights);
@@ -231,19 +238,23 @@ void block_times_tables(
     const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const S* values, int64_t ldv,
     const uint8_t* metadata, int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
   constexpr int64_t kValues = kStepValues<S, N>, kBits = kStepBits<S, N>, kStride = kTableStride<S, N>;
+  constexpr int64_t kFetchSteps = kFetchPanels * kPanelSteps;
   LanePanel panel;
   alignas(64) Kept<S, N> tables[kTableTokens * kStride] = {};
   const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows, steps = groups * N / kValues;
   const auto tail = static_cast<__mmask16>(0xFFFF >> (vectors * kLaneRows - rows));
-  // The rows that come next lie one after the other, and are fetched in this order: panel by panel would be slower.
-  const int64_t passes = (tokens + kTableTokens - 1) / kTableTokens * ((vectors + 1) / 2) * steps;
-  Fetch fetch{
-      reinterpret_cast<const char*>(values + rows * ldv), rows * ldv * static_cast<int64_t>(sizeof(S)) / passes};
+  const int64_t calls = (tokens + kTableTokens - 1) / kTableTokens * ((vectors + 1) / 2) * kFetchPanels;
+  Fetch fetch{nullptr, ldv * static_cast<int64_t>(sizeof(S)), 0, (rows * kFetchLines + calls - 1) / calls};
   for (int64_t s = 0; s < steps; s += kPanelSteps) {
     const int64_t count = std::min(kPanelSteps, steps - s), g = s * kValues / N, kept = count * kValues / N;
-    const bool next_line = s % (512 / kBits) == 0;  // of metadata
-    lay_out_rows<S, N>(
-        values + s * kValues, ldv, metadata + s * kBits / 8, ldm, count, rows, next_line ? rows * ldm : 0, panel);
+    // A few panels at a time the next few are fetched, or the first ones of the next rows.
+    const bool fetches = s % kFetchSteps == 0, last = s + kFetchSteps >= steps;
+    if (fetches) {
+      fetch.from = reinterpret_cast<const char*>(last ? values + rows * ldv : values + (s + kFetchSteps) * kValues);
+      fetch.first = 0;
+    }
+    const int64_t ahead = !fetches ? 0 : last ? rows * ldm - s * kBits / 8 : kFetchSteps * kBits / 8;
+    lay_out_rows<S, N>(values + s * kValues, ldv, metadata + s * kBits / 8, ldm, count, rows, ahead, panel);
     for (int64_t t = 0; t < tokens; t += kTableTokens) {
       const int64_t real = std::min(kTableTokens, tokens - t);
       gather_kept(x + t * ldx + g * m, ldx, real, columns + g * 4, kept, m, in_features - g * m, tables, kStride);
@@ -252,7 +263,7 @@ void block_times_tables(
         rows_times_tables<S, N, T, V>(
             tables, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[0][v]), count, s > 0,
             v + V == vectors ? tail : 0xFFFF, real, tile + t * ldt + v * kLaneRows, ldt, fetch);
-        fetch.from += count * fetch.bytes;
+        fetch.first += fetch.count;
       };
       int64_t v = 0;
       for (; v + 2 <= vectors; v += 2) real > 4 ? multiply(Is<8>(), Is<2>(), v) : multiply(Is<4>(), Is<2>(), v);
