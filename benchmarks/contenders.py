@@ -21,8 +21,6 @@ OURS = "vnm"
 
 def contenders(model: nn.Module, args: tuple[Any, ...], policy: str) -> dict[str, Callable[[], Any]]:
     """Eager, compiled, compiled with frozen weights, and `backend="vnm"`, each bound to its arguments."""
-    torch._dynamo.reset()
-    _drop_frozen()
     compiled: dict[str, Callable[..., Any]] = {
         "eager": model,
         "compile": torch.compile(model),
@@ -40,8 +38,9 @@ def _frozen(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
     return compiled
 
 
-def _drop_frozen() -> None:
-    """Let go of the weights that were frozen before: Inductor keeps them in the modules it generated, for good."""
+def forget_compiled() -> None:
+    """Let go of what was compiled before, weights included: Inductor keeps frozen ones in the modules it generated."""
+    torch._dynamo.reset()
     for module in PyCodeCache.modules:
         for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
             delattr(module, name)

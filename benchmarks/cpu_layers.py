@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contenders import OURS, contenders, fill_with_pattern
+from benchmarks.contenders import OURS, contenders, fill_with_pattern, forget_compiled
 from benchmarks.timing import Result, compare
 from vnm_compile.spec import Spec
 
@@ -18,7 +18,7 @@ SMALL_SHAPES = ((64, 64), (384, 384), (1536, 384), (384, 1536), (1024, 1024), (3
 DTYPES = (torch.float32, torch.bfloat16)
 SPECS = ("64:2:8", "64:2:16", "64:2:5")
 TOKENS = (1, 16, 128, 512)
-MOST_FEW_TOKENS = 16
+MOST_FEW_TOKENS = 16  # of those
 SMALL_TOKENS = (1, 16, 128, 1024, 4096)
 
 # What is asked for on 4096 x 4096, by dtype, pattern and tokens; 85 % of it on the other two shapes.
@@ -30,7 +30,7 @@ TARGETS = {
 }
 
 
-MODEL_LAYERS = 16  # of a call where a layer is timed as one of a model
+MODEL_BYTES, MOST_LAYERS = 1 << 30, 16  # of dense weights in a call where a layer is timed as one of a model
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Case:
         if str(self.spec) == "64:2:5":
             return 1.0
         targets = TARGETS.get((self.dtype, str(self.spec)))
-        if targets is None or self.tokens not in TOKENS:
+        few_alone = self.layers == 1 and self.tokens <= MOST_FEW_TOKENS  # asked of the layer, not of the call
+        if targets is None or self.tokens not in TOKENS or few_alone:
             return None
         share = 1.0 if (self.out_features, self.in_features) == SHAPES[0] else 0.85
         return targets[TOKENS.index(self.tokens)] * share
@@ -76,7 +77,8 @@ def large(quick: bool) -> Iterator[Case]:
     """Layers of a 7B-parameter model, always sparse (policy "memory")."""
     shapes, specs = (SHAPES[:1], SPECS[:1]) if quick else (SHAPES, SPECS)
     for (out, inp), dtype, spec, tokens in product(shapes, DTYPES, specs, TOKENS):
-        for layers in (1, MODEL_LAYERS) if tokens <= MOST_FEW_TOKENS else (1,):
+        as_model = min(MOST_LAYERS, MODEL_BYTES // (out * inp * dtype.itemsize))
+        for layers in (1, as_model) if tokens <= MOST_FEW_TOKENS else (1,):
             yield Case(out, inp, dtype, Spec.parse(spec), tokens, layers, "memory")
 
 
@@ -97,6 +99,7 @@ class Layers(nn.ModuleList):
 
 def run(case: Case, seconds: float) -> Result:
     """Measure one case; seconds are those of a layer."""
+    forget_compiled()
     size = case.in_features, case.out_features
     model = Layers(nn.Linear(*size, dtype=case.dtype) for _ in range(case.layers)).eval()
     fill_with_pattern(model, case.spec)

@@ -11,7 +11,7 @@ from torch import nn
 
 import vnm_compile as vnm
 from benchmarks.blocks import LlamaBlock, angles
-from benchmarks.contenders import OURS, contenders, fill_with_pattern
+from benchmarks.contenders import OURS, contenders, fill_with_pattern, forget_compiled
 from benchmarks.timing import Result, compare
 from vnm_compile.spec import Spec
 
@@ -63,6 +63,7 @@ MODELS: dict[str, tuple[float | None, Callable[[], tuple[nn.Module, tuple[Any, .
 
 def run(name: str, seconds: float) -> Result:
     """Measure one model."""
+    forget_compiled()
     torch.manual_seed(0)
     model, args = MODELS[name][1]()
     with torch.no_grad():
