@@ -21,11 +21,6 @@ inline __m512i pick(__mmask32 lanes, const S* x, int64_t width, __m512i places) 
   return _mm512_maskz_permutex2var_epi16(lanes, first, places, second);
 }
 
-inline __m512 widen(__m256i words, const at::BFloat16*) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-}
-inline __m512 widen(__m256i words, const at::Half*) { return _mm512_cvtph_ps(words); }
-
 #endif
 
 // kept [tokens][ldk]: of each group the 4 kept activations, 0 for columns past the last one; as floats, or as they are in x

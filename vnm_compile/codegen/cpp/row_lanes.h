@@ -166,8 +166,8 @@ inline void lay_out_rows(
 }
 
 // What to fetch from memory meanwhile: `count` cache lines, one with every step. They are numbered row by row, kFetchLines in
-// each, and the first is number `first`. Row by row, since single lines from many rows come slower; and not more of a row, since
-// what is fetched, what is still needed and x share the L2.
+// each, and the first is number `first`. Row by row, since single lines from many rows come slower; and not more of a row,
+// since what is fetched, what is still needed and x share the L2.
 constexpr int64_t kFetchPanels = 4, kFetchLines = 8;
 struct Fetch {
   const char* from;

@@ -17,8 +17,8 @@
 #include <memory>
 #include <type_traits>
 
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-#define VNM_BF16_PAIRS 1  // a dot product of two pairs of bf16 a lane, and permutes of 16-bit words
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define VNM_BF16_PAIRS 1  // vdpbf16ps: a dot product of two pairs of bf16 a lane; vpmultishiftqb
 #endif
 
 namespace vnm {
@@ -57,13 +57,15 @@ constexpr bool kRowLanes = false;
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-inline __m512 load_values(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
-inline __m512 load_values(const at::BFloat16* p, __mmask16 mask) {
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+inline __m512 widen(__m256i words, const at::BFloat16*) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
-inline __m512 load_values(const at::Half* p, __mmask16 mask) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
+inline __m512 widen(__m256i words, const at::Half*) { return _mm512_cvtph_ps(words); }
+
+inline __m512 load_values(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+template <typename S>
+inline __m512 load_values(const S* p, __mmask16 mask) {
+  return widen(_mm256_maskz_loadu_epi16(mask, p), p);
 }
 
 // For each of 16 values the place of its column among the 32 kept ones of its 8 groups; where N is 1 among those of the

@@ -55,12 +55,6 @@ inline void transpose(const S* x, int64_t ldx, int64_t tokens, int64_t columns, 
   }
 }
 
-// Fetch values that a row holds further on: the rows of a weight lie so far apart that no hardware prefetcher follows.
-template <typename S>
-inline void prefetch_values(const S* values, int64_t ahead) {
-  __builtin_prefetch(values + ahead);
-}
-
 // Where the 4 kept columns of each group start in xt; columns past the last one point at a row of zeros.
 template <typename C>
 inline void column_offsets(
@@ -168,7 +162,8 @@ inline void block_times_tokens_by_values(
     for (int64_t step = first; step < stop; ++step) {
       const int64_t value = step * kStep;
       for (int64_t r = 0; r < rows; ++r) {
-        prefetch_values(values + r * ldv, value + 2 * kStep);
+        // Rows of a weight lie so far apart that no hardware prefetcher follows.
+        __builtin_prefetch(values + r * ldv + value + 2 * kStep);
         unpack_step<S, N>(
             values + r * ldv + value, metadata + r * ldm + value / 4, offsets + value / N * 4,
             std::min(kStep, count - value), zero_row, weights + r * kStep, places + r * kStep);
