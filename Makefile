@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
+# One process a core; tests that lie together stay together until a worker runs dry.
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
+
 .PHONY: demo test test-slow lint docs golden clean
 
 demo: $(VENV)/.installed-demo  ## embed sentences with the real MiniLM, pruned and compiled
 	$(BIN)/python examples/minilm.py
 
 test: $(VENV)/.installed-dev  ## the whole suite but the long runs
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-slow: $(VENV)/.installed-dev  ## the long runs
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(WORKERS)
 
 lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
 	$(BIN)/ruff check .

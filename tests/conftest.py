@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # What a test compiles must not depend on which tests the other workers have run before it.
+    _cache = tempfile.mkdtemp(prefix="vnm-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache
+    # Workers share the cores: threads that have nothing to do must not spin on them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # Tests that may be skipped in CI: those that need a GPU. A job that skips more than these must not pass.
 ALLOWED_SKIPS_IN_CI = 0
 
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
-_used: set[Path] = set()
+GOLDEN_TORCH = re.findall(r"^torch==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), flags=re.M)[0]
+"""The version, CI's, whose Dynamo and Inductor wrote the golden files. With others the text is not compared."""
+
+_used: set[str] = set()
+
+
+def compares_golden() -> bool:
+    """Whether the installed torch is the one that the golden files are from."""
+    return torch.__version__.startswith(f"{GOLDEN_TORCH}.")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--update-golden") and os.environ.get("CI"):
         raise pytest.UsageError("--update-golden is refused in CI: regenerate on your machine and review the diff.")
+    if config.getoption("--update-golden") and not compares_golden():
+        raise pytest.UsageError(f"golden files are torch {GOLDEN_TORCH}'s; this is {torch.__version__}.")
+
+
+def pytest_report_header() -> str | None:
+    if compares_golden():
+        return None
+    return f"golden files: not compared (torch {GOLDEN_TORCH} wrote them)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,7 +78,9 @@ def golden(request: pytest.FixtureRequest):
 
     def compare(name: str, text: str) -> None:
         path = GOLDEN / name
-        _used.add(path)
+        _used.add(name)
+        if not compares_golden():
+            return
         if path.exists() and path.read_text() == text:
             return
         if request.config.getoption("--update-golden"):
@@ -60,16 +93,37 @@ def golden(request: pytest.FixtureRequest):
     return compare
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """Gather, where pytest-xdist runs the tests in several processes, the golden files that each of them has used."""
+    _used.update(getattr(node, "workeroutput", {}).get("golden", ()))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or exitstatus != 0:
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["golden"] = sorted(_used)
+        return
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or exitstatus != 0 or config.option.collectonly:
         return
     skipped = len(reporter.stats.get("skipped", []))
-    whole = not session.config.option.keyword and session.config.args_source.name != "ARGS"
-    unused = sorted({p for p in GOLDEN.rglob("*") if p.is_file()} - _used) if whole else []
     if os.environ.get("CI") and skipped > ALLOWED_SKIPS_IN_CI:
         reporter.write_line(f"{skipped} tests skipped, {ALLOWED_SKIPS_IN_CI} allowed in CI", red=True)
         session.exitstatus = 1
+    unused = _unused_golden_files() if _is_whole(config) else []
     if unused:
-        reporter.write_line(f"golden files that no test uses: {', '.join(map(str, unused))}", red=True)
+        reporter.write_line(f"golden files that no test uses: {', '.join(unused)}", red=True)
         session.exitstatus = 1
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """Whether nothing but long runs was left out, so that a golden file that was not used is used by no test."""
+    option = config.option
+    chosen = option.keyword or option.deselect or option.ignore or option.ignore_glob or getattr(option, "lf", False)
+    return not chosen and option.markexpr in ("", "not slow") and config.args_source.name != "ARGS"
+
+
+def _unused_golden_files() -> list[str]:
+    present = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*") if path.is_file()}
+    return sorted(present - _used)
