@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import sympy
 
+from vnm_compile.filenames import file_name
+
 if TYPE_CHECKING:
     from vnm_compile.codegen.targets import Target
     from vnm_compile.inspection.report import Kernel, KernelReport
@@ -22,7 +24,7 @@ def save(report: KernelReport, folder: Path) -> Path:
     for i, wrapper in enumerate(report.wrappers):
         (folder / f"graph_{i}.py").write_text(wrapper)
     for kernel in report.kernels:
-        _save_kernel(kernel, folder / kernel.name, report.target)
+        _save_kernel(kernel, folder / file_name(kernel.name), report.target)
     return folder
 
 

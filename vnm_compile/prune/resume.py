@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.filenames import file_name
 from vnm_compile.spec import Spec
 
 
@@ -62,13 +63,14 @@ class PrunedLayers:
 
         content = {**self._description(layer, spec, dense), "output_error": output_error}
         path = self._path(layer)
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.unlink(missing_ok=True)  # a link that lies there is not followed
         weight = layer.weight.detach().cpu().contiguous()
         save_file({"weight": weight}, unfinished, metadata={"vnm_compile": json.dumps(content)})
         os.replace(unfinished, path)
 
     def _path(self, layer: Layer) -> Path:
-        return self.directory / f"{layer.name or 'model'}.safetensors"
+        return self.directory / file_name(layer.name, ".safetensors")
 
     def _description(self, layer: Layer, spec: Spec, dense: Tensor | None = None) -> dict[str, Any]:
         weight = layer.weight if dense is None else dense
