@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vnm_compile"
 FILES = sorted(PACKAGE.rglob("*.py"))
-DOOR = "codegen/inductor.py"
+DOOR = "codegen/inductor/"
 
 # What the files of a part (a folder or file, the longest that fits) must never import.
 FORBIDDEN = {
@@ -55,7 +55,7 @@ def test_import_directions(path):
         if name == part or name.startswith(part + "/"):
             wrong = [module for module in imports(path) if any(inside(module, each) for each in forbidden)]
             assert not wrong, f"{name} imports {wrong}"
-    if name != DOOR:
+    if not name.startswith(DOOR):
         assert not [module for module in imports(path) if inside(module, "torch._inductor")], f"only {DOOR} may"
 
 

@@ -13,10 +13,10 @@ SCRIPT = """
     import torch
     from torch._dynamo.utils import counters
     from tests.support import random_sparse
-    import vnm_compile.codegen.inductor as inductor
+    from vnm_compile.codegen.inductor import cache_key
 
     seed, version = int(sys.argv[1]), sys.argv[2]
-    inductor.source_hash = lambda folder="": version
+    cache_key.source_hash = lambda folder="": version
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()).eval()
     with torch.no_grad():
         model[0].weight.copy_(random_sparse(64, 64, "16:2:8", seed=seed))

@@ -1,0 +1,72 @@
+"""The one door to Inductor: the only package that imports `torch._inductor` privates.
+
+torch 2.11 to the newest differ here and nowhere else. It offers `compile_graph` to the backend, registers the
+lowerings of the `vnm` ops, and hands on to the templates the private classes that they are built from.
+"""
+
+from vnm_compile.codegen.inductor.cache_key import cache_dir, source_hash
+from vnm_compile.codegen.inductor.compile import compile_graph, mode_options
+from vnm_compile.codegen.inductor.cpp import (
+    CppTemplate,
+    CppTemplateKernel,
+    cpu_threads,
+    export_declaration,
+    fake_buffer,
+    local_buffer,
+    store_copy,
+    view_epilogue_in_2d,
+)
+from vnm_compile.codegen.inductor.device import device_patches, forget_device_answers, template_name, watch_codegen
+from vnm_compile.codegen.inductor.nodes import (
+    TritonTemplate,
+    V,
+    apply,
+    choose,
+    choose_fastest,
+    contiguous_matrix,
+    copy_strided,
+    ir,
+    layout_of,
+    matrix_layout,
+    realized,
+    reshape,
+    round_up,
+    size_hint,
+    tunes_exhaustively,
+)
+from vnm_compile.codegen.inductor.registry import has_lowering
+
+__all__ = [
+    "CppTemplate",
+    "CppTemplateKernel",
+    "TritonTemplate",
+    "V",
+    "apply",
+    "cache_dir",
+    "choose",
+    "choose_fastest",
+    "compile_graph",
+    "contiguous_matrix",
+    "copy_strided",
+    "cpu_threads",
+    "device_patches",
+    "export_declaration",
+    "fake_buffer",
+    "forget_device_answers",
+    "has_lowering",
+    "ir",
+    "layout_of",
+    "local_buffer",
+    "matrix_layout",
+    "mode_options",
+    "realized",
+    "reshape",
+    "round_up",
+    "size_hint",
+    "source_hash",
+    "store_copy",
+    "template_name",
+    "tunes_exhaustively",
+    "view_epilogue_in_2d",
+    "watch_codegen",
+]

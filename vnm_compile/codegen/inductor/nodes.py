@@ -1,0 +1,129 @@
+"""What lowerings are written with: layouts, copies, views and choices of Inductor's nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import sympy
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import ir, lowering
+from torch._inductor.select_algorithm import TritonTemplate, autotune_select_algorithm
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+from torch.utils._sympy.functions import FloorDiv
+
+__all__ = [
+    "TritonTemplate",
+    "V",
+    "apply",
+    "choose",
+    "choose_fastest",
+    "contiguous_matrix",
+    "copy_strided",
+    "ir",
+    "layout_of",
+    "matrix_layout",
+    "realized",
+    "reshape",
+    "round_up",
+    "size_hint",
+    "tunes_exhaustively",
+]
+
+
+def contiguous_matrix(node: Any, flatten: bool = True) -> Any:
+    """A realised, contiguous buffer; with leading dimensions flattened into one where asked for."""
+    if flatten:
+        *leading, last = node.get_size()
+        node = reshape(node, [sympy.prod(leading), last])
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+
+
+def matrix_layout(matrix: Any, columns: int) -> Any:
+    """The layout of a contiguous result with the rows, dtype and device of `matrix`."""
+    return ir.FixedLayout(matrix.get_device(), matrix.get_dtype(), [matrix.get_size()[0], columns])
+
+
+def reshape(node: Any, size: Sequence[Any]) -> Any:
+    """A view of an IR node in another size."""
+    return apply(torch.ops.aten.view.default, node, list(size))
+
+
+def choose(template: Any, inputs: list[Any], layout: Any) -> Any:
+    """The node of a template that needs no choice between configurations."""
+    choices: list[Any] = []
+    error = template.maybe_append_choice(choices)
+    if error is not None:
+        raise error
+    return choose_fastest(template.name, choices, inputs, layout)
+
+
+def choose_fastest(
+    name: str,
+    choices: list[Any],
+    inputs: list[Any],
+    layout: Any,
+    make_inputs: dict[int, Callable[[Any], Any]] | None = None,
+) -> Any:
+    """The node of whichever choice Inductor measures to be fastest, on random inputs or what `make_inputs` makes."""
+    with _own_origins():
+        result = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=make_inputs)
+    return result[0] if isinstance(result, tuple) else result  # a pair from torch 2.13 on
+
+
+def _own_origins() -> Any:
+    """Have new nodes name the op being lowered only: what computes its inputs may not have a buffer yet, and would be
+    named too, but is no part of them."""
+    return patch.object(ir.IRNode, "_current_origins", OrderedSet([V.graph.current_node]))
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number; of a symbolic one the value it was traced with, without a guard."""
+    if isinstance(size, int | sympy.Integer):
+        return int(size)
+    return int(V.graph.sizevars.optimization_hint(size))
+
+
+def round_up(size: Any, step: int) -> Any:
+    """The next multiple of `step`, in integers also where the size is symbolic."""
+    return FloorDiv(size + step - 1, step) * step
+
+
+def layout_of(like: Any, size: Sequence[Any], dtype: torch.dtype | None = None) -> Any:
+    """A contiguous layout on the device of `like`."""
+    return ir.FixedLayout(like.get_device(), dtype or like.get_dtype(), list(size))
+
+
+def copy_strided(node: Any, stride: Sequence[Any], allocated: Sequence[Any]) -> Any:
+    """A copy of a matrix with given strides, in memory for a matrix of the size `allocated`.
+
+    It is an ordinary pointwise kernel, so Inductor fuses it with what computes the matrix where it can.
+    """
+    layout = ir.FixedLayout(node.get_device(), node.get_dtype(), node.get_size(), list(stride))
+    data = ir.Pointwise(
+        device=node.get_device(), dtype=node.get_dtype(), inner_fn=node.make_loader(), ranges=node.get_size()
+    )
+    buffer = ir.ComputedBuffer(name=None, layout=layout, data=data)
+    buffer.name = V.graph.register_buffer(buffer)
+    V.graph.register_operation(buffer)
+    V.graph.buffer_to_padded_size[buffer.name] = list(allocated)
+    return ir.TensorBox(ir.StorageBox(buffer))
+
+
+def realized(node: Any) -> Any:
+    """The node with a buffer of its own, in the layout that it happens to have."""
+    return ir.ExternKernel.realize_input(node)
+
+
+def tunes_exhaustively() -> bool:
+    """Whether the user asked for the slow search (mode="max-autotune")."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+
+
+def apply(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Lower an aten op: what a lowering makes of its own results (sums, casts, activations) and Inductor fuses."""
+    with _own_origins():
+        return lowering.lowerings[op](*args, **kwargs)
