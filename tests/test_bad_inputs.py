@@ -90,6 +90,9 @@ def snapshot(model: Any) -> Any:
     return modules, tensors
 
 
+_TORCHS = {"_is_torch_compile"}  # what torch.compile leaves on a module
+
+
 def _bits(tensor: torch.Tensor) -> Any:
     if isinstance(tensor, VNMTensor):
         return tuple(_bits(array) for array in tensor.packed)
@@ -109,7 +112,8 @@ def _bits(tensor: torch.Tensor) -> Any:
 # Patterns.
 
 for text in (
-    "", " ", "64", "64:2", "64:2:8:1", "a:b:c", "64,2,8", "64.0:2:8", "1e2:2:8", "-1:2:8", "64:2:8\0", "64:2:8; rm -rf /",
+    "", " ", "64", "64:2", "64:2:8:1", "a:b:c", "64,2,8", "64.0:2:8", "1e2:2:8", "-1:2:8", "64:2:8\0",
+    "64:2:8; rm -rf /",
     "../64:2:8", "64::8", ":::", "64:2:8\n\n64:2:8", "[/red]", "9" * 5000 + ":2:8", "0x40:2:8", "∞:2:8",
 ):  # fmt: skip
     row(f"spec {text[:16]!r}", net, lambda m, text=text: vnm.annotate(m, text), "V:N:M pattern|v=")

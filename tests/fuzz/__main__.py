@@ -29,8 +29,8 @@ def main() -> int:
     if given.replay:
         return _replay(given.replay)
     plan = Plan(
-        given.seed, given.minutes, given.graphs, given.calls, given.cases, given.workers, given.kernels, given.only, given.without,
-        given.out, given.shrink,
+        given.seed, given.minutes, given.graphs, given.calls, given.cases, given.workers, given.kernels, given.only,
+        given.without, given.out, given.shrink,
     )  # fmt: skip
     start = time.monotonic()
     totals = Campaign(plan).run()

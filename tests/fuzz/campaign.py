@@ -148,7 +148,8 @@ class Campaign:
             text=True,
             env=environment,
         )
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         process.stdin.write(json.dumps(work) + "\n")
         process.stdin.close()
         left, running = list(seeds), seeds[0]

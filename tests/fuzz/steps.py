@@ -270,10 +270,13 @@ def epilogues(d: Draw) -> list[str]:
 def product_channels_first(d: Draw) -> list[str]:
     w = d.width
     a, b = d.siblings("h", [w, w])
-    return [
-        f"t = ({a} * {b}){d.pick('.transpose(1, 2)', '.movedim(-1, 1).contiguous()', '.flatten(0, 1).t()', '.unflatten(-1, (4, -1)).transpose(1, 2)')}",
-        "outs.append(t)",
-    ]
+    moved = d.pick(
+        ".transpose(1, 2)",
+        ".movedim(-1, 1).contiguous()",
+        ".flatten(0, 1).t()",
+        ".unflatten(-1, (4, -1)).transpose(1, 2)",
+    )
+    return [f"t = ({a} * {b}){moved}", "outs.append(t)"]
 
 
 def regions(d: Draw) -> list[str]:
