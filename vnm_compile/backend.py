@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vnm_compile import dispatch
-from vnm_compile.annotate import annotations_by_weight, linear_layers
+from vnm_compile.annotate import annotations_by_weight
 from vnm_compile.codegen.inductor import compile_graph, mode_options
 from vnm_compile.codegen.measure import measure
+from vnm_compile.contents import contents, known_storages
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
 from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, merge, plan, rewrite
@@ -116,17 +118,24 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
         _report(_plan(sites, inputs, options))
         return finish(gm, inputs)
     dispatcher = dispatch.Dispatcher(positions, decide, build)
+    if any(isinstance(inputs[i], FakeTensor) for i in positions):
+        log.info("the weights of this graph have no values yet; it is compiled at its first call")
+        return dispatcher
+    # Whatever was known of the weights, and however they were written to since: a fresh compilation looks at them anew.
+    contents.suspect(known_storages(inputs[i] for i in positions))
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
     return dispatcher
 
 
 def refresh(model: nn.Module) -> None:
-    """Have every linear weight of `model` packed again before its next use.
+    """Have every weight looked at anew, element by element, before its next use; what has changed is packed again.
 
-    Only needed after writes that torch does not count: `weight.data.copy_(...)`, `weight.data += delta` (which peft's
-    merge does), numpy or DLPack views. Every other change is noticed on its own.
+    Only needed after a write that changes few elements of a weight behind torch's back (a single row, through `.data`,
+    numpy or DLPack). Every other change is noticed on its own. `model` is the one that was written to; as weights need
+    not belong to a module, all that were packed are looked at, which takes as long as reading them once.
     """
-    dispatch.forget([layer.module.weight for layer in linear_layers(model)])  # type: ignore[misc]
+    del model
+    dispatch.forget()
 
 
 def _plan(
@@ -143,7 +152,7 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, decisi
         return Prepared(decisions, [], None, ())
     rewritten = rewrite(gm, units)
     _artifact("vnm_graph", lambda: str(rewritten.gm.graph))
-    packed: list[Packed] = [dispatch.packed_arrays(inputs, group) for group in rewritten.packed]  # type: ignore[misc]
+    packed: list[Packed] = [dispatch.packed_arrays(inputs, group) for group in rewritten.packed]
     return Prepared(decisions, units, rewritten, tuple(array for arrays in packed for array in arrays))
 
 

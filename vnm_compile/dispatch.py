@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import logging
+import threading
+import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from vnm_compile.contents import Place, Watch, contents, fingerprint_of, version_of
+from vnm_compile.format import Packed
 from vnm_compile.passes import Decision, PackedInput
-from vnm_compile.weights import PackStore, Stamp, counts_versions, stamp
+from vnm_compile.tensor import VNMTensor
+from vnm_compile.weights import PackStore
 
 log = logging.getLogger(__name__)
 
 store = PackStore()
 """Shared by all compiled graphs: prefill and decode, or two token counts, use one copy of a weight."""
 
-_dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+_PATIENCE = 4  # packings in a row of which none was used twice, before the graph runs dense
+_OTHERS_EVERY_TIME = (
+    f"the weights of a compiled graph were others on each of its last {_PATIENCE} calls (offloading, functional_call, or a "
+    "weight made anew), so it runs dense for now: packing a weight for one call costs more than it gains. "
+    "vnm.compress_model(model) stores weights packed."
+)
+_REST = (64, 4096)  # calls that it then runs dense before it is tried again: at first, at most
 
 
 @dataclass(frozen=True)
@@ -30,49 +44,94 @@ class Variant:
     call: Callable[..., Any]
 
 
-class _Binding:
-    """The variant and the packed arrays for one set of weights, and what those weights were when they were packed."""
+def packed_arrays(args: Sequence[Any], group: PackedInput) -> Packed:
+    """The three arrays of a packed input, for the weights among `args`."""
+    return _arrays(args, group)[0]
 
-    def __init__(self, variant: Variant, weights: Mapping[int, Tensor], arrays: tuple[Tensor, ...]) -> None:
-        """Bind `weights`, by their position among the inputs."""
-        self.variant, self.call, self.arrays = variant, variant.call, arrays
-        self._refs = {i: weakref.ref(weight) for i, weight in weights.items()}
-        self._counted: list[tuple[int, weakref.ref[Tensor], int, int]] = []
-        self._others: list[tuple[int, weakref.ref[Tensor], Stamp | None]] = []
-        packed = {i for group in variant.packed for i in group.indices}
-        for i, weight in weights.items():
-            if i not in packed:  # it stays dense, and may be written to freely
-                self._others.append((i, self._refs[i], None))
-            elif counts_versions(weight):
-                version, address = stamp(weight)
-                self._counted.append((i, self._refs[i], version, address))
+
+def _arrays(args: Sequence[Any], group: PackedInput) -> tuple[Packed, tuple[Watch, ...]]:
+    """The arrays of a packed input, and what has to stay as it is for them to be right."""
+    weights = [args[i] for i in group.indices]
+    if isinstance(weights[0], VNMTensor):  # never joined
+        kept = store.aligned(weights[0]) if weights[0].values.is_cuda else None
+        return (weights[0].packed, ()) if kept is None else (kept.packed, kept.watches)
+    return store.get(weights, group.transposed, group.names, group.spec)
+
+
+class _Binding:
+    """A variant with the packed arrays for one set of weights, and what those weights were when they were packed."""
+
+    def __init__(self, variant: Variant, args: Sequence[Any], positions: Sequence[int], epoch: int) -> None:
+        self.variant, self.call, self.epoch = variant, variant.call, epoch
+        self.used = self.dead = False
+        self._arrays: list[Tensor] = []
+        self._direct: list[tuple[int, PackedInput]] = []  # compressed weights, whose arrays are taken at every call
+        inputs: dict[int, Watch] = {}  # of dense weights that are packed, by their position
+        self._copied: list[tuple[int, Watch]] = []  # of compressed weights that are copied: a GPU aligns their rows
+        for group in variant.packed:
+            arrays, watches = _arrays(args, group)
+            first = group.indices[0]
+            if not isinstance(args[first], VNMTensor):
+                inputs |= zip(group.indices, watches, strict=True)
+            elif watches:
+                self._copied += [(first, watch) for watch in watches]
             else:
-                self._others.append((i, self._refs[i], stamp(weight)))
+                self._direct.append((len(self._arrays), group))
+                # They hold their arrays themselves; this must not keep them alive.
+                arrays = Packed(*[torch.empty(0, device="cpu")] * 3)
+            self._arrays += arrays
+        self._storages = [contents.know(args[i]) for i in positions]
+        self._positions, self._packed = tuple(positions), tuple(inputs)
+        self._addresses = [watch.place.address for watch in inputs.values()]
+        self._versions = [watch.version for watch in inputs.values()]
+        self._counts = None not in self._versions
+        self._samples = array("Q", [value for watch in inputs.values() for value in watch.samples])
+        self._fingerprint = sum(watch.fingerprint for watch in inputs.values()) % 2**64
+        self.storages = {*self._storages, *(watch.place.storage for _, watch in self._copied)}
 
     def fresh(self, args: Sequence[Any]) -> bool:
-        """Whether `args` hold these weights, as they were. Every call asks, so `stamp` is written out here."""
-        for i, ref, version, address in self._counted:
-            weight: Tensor = args[i]
-            if weight is not ref() or weight._version != version or weight.data_ptr() != address:
-                return False
-        for i, ref, seen in self._others:
-            if args[i] is not ref() or (seen is not None and stamp(args[i]) != seen):
-                return False
-        return True
+        """Whether `args` hold these weights, as they were. Every call asks."""
+        if self.dead or self.epoch != contents.epoch:
+            return False
+        # The storages are held while their memory is read: another thread may be replacing a weight.
+        storages = [args[i].untyped_storage() for i in self._positions]
+        if [*map(id, storages)] != self._storages:
+            return False
+        packed = [args[i] for i in self._packed]
+        if [weight.data_ptr() for weight in packed] != self._addresses:
+            return False
+        versions = [w._version for w in packed] if self._counts else [version_of(w) for w in packed]
+        if versions != self._versions or fingerprint_of(self._samples) != self._fingerprint:
+            return False
+        if self._direct and any(args[group.indices[0]].spec != group.spec for _, group in self._direct):
+            return False
+        return not self._copied or self._copies_hold(args)
 
-    @property
-    def dead(self) -> bool:
-        """Whether one of the weights is gone."""
-        return any(ref() is None for ref in self._refs.values())
+    def _copies_hold(self, args: Sequence[Any]) -> bool:
+        arrays = [array for i in dict.fromkeys(i for i, _ in self._copied) for array in args[i].packed]
+        seen = [watch for _, watch in self._copied]
+        return all(
+            watch.place == Place.of(array) and watch.version == version_of(array)
+            for watch, array in zip(seen, arrays, strict=True)
+        )
+
+    def run(self, args: Sequence[Any]) -> Any:
+        """Call the graph."""
+        if not self._direct:
+            return self.call(*args, *self._arrays)
+        arrays = list(self._arrays)
+        for start, group in self._direct:
+            arrays[start : start + 3] = args[group.indices[0]].packed
+        return self.call(*args, *arrays)
 
 
 class Dispatcher:
     """The callable that Dynamo gets for a graph.
 
     Dynamo may share it between modules with the same code, and a weight may change between calls. So on every call
-    the graph's weights are compared (identity, version counter, address) with those that were packed; what differs
-    is packed again, and a weight that asks for another decision than the graph was compiled for (it lost its pattern,
-    or follows another) gets a variant of its own.
+    the graph's weights are compared with those that were packed (see `vnm_compile.contents`); what differs is packed
+    again, and a weight that asks for another decision than the graph was compiled for (it lost its pattern, or follows
+    another) gets a variant of its own. A graph whose weights are others on every call runs dense.
     """
 
     def __init__(
@@ -85,22 +144,37 @@ class Dispatcher:
         self._positions = tuple(positions)
         self._decide, self._build = decide, build
         self._latest: _Binding | None = None
-        self._bindings: dict[tuple[int, ...], _Binding] = {}
+        self._bindings: dict[tuple[tuple[int, int], ...], _Binding] = {}
         self._variants: dict[tuple[Any, ...], Variant] = {}
-        _dispatchers.add(self)
+        self._wasted = 0  # bindings in a row that no second call used
+        self._resting, self._rest = 0, _REST[0]
+        self._lock = threading.RLock()
+        key = id(self)
+        _dispatchers[key] = weakref.ref(self, lambda _: _dispatchers.pop(key, None))
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on its inputs, with whatever its weights hold now."""
         binding = self._latest
         if binding is None or not binding.fresh(args):
-            binding = self._bindings.get(self._key(args))
-            if binding is None or not binding.fresh(args):
-                binding = self.bind(args)
-            self._latest = binding
-        return binding.call(*args, *binding.arrays)
+            binding = self._find(args)
+        else:
+            binding.used = True
+        return binding.run(args) if binding is not None else self._dense(args).call(*args)
 
-    def _key(self, args: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(id(args[i]) for i in self._positions)
+    def _find(self, args: Sequence[Any]) -> _Binding | None:
+        """The binding for these weights, made where there is none; None where they have to run dense."""
+        if any(_without_memory(args[i]) for i in self._positions):
+            return None
+        with self._lock:
+            binding = self._bindings.get(self._key(args))
+            if binding is not None and binding.fresh(args):
+                binding.used = True
+                self._wasted, self._rest = 0, _REST[0]
+                self._latest = binding
+                return binding
+            if binding is not None:
+                self._let_go(binding)
+            return None if self._rests() else self.bind(args)
 
     def bind(self, args: Sequence[Any], first: bool = False) -> _Binding:
         """Decide, compile if no variant fits, and pack for the weights among `args`.
@@ -108,32 +182,91 @@ class Dispatcher:
         Raises:
             VNMError: an annotated weight breaks its pattern.
         """
-        decisions = self._decide(args)
+        with self._lock:
+            epoch = contents.epoch
+            variant = self._variant(args, self._decide(args), first)
+            binding = _Binding(variant, args, self._positions, epoch)
+            self._bindings[self._key(args)] = binding
+            self._latest = binding
+            return binding
+
+    def bury(self, storage: int) -> None:
+        """Drop what belongs to a storage that has died."""
+        for key in list(self._bindings):
+            binding = self._bindings.get(key)
+            if binding is not None and storage in binding.storages:
+                self._bindings.pop(key, None)
+                self._let_go(binding)
+
+    def reset(self) -> None:
+        """Drop every binding."""
+        self._latest = None
+        self._bindings.clear()
+
+    def _variant(self, args: Sequence[Any], decisions: list[Decision], first: bool = False) -> Variant:
         signature = tuple(decision.spec for decision in decisions)
         variant = self._variants.get(signature)
         if variant is None:
             if not first:
                 log.info("weights of the graph ask for other decisions than it was compiled for: compiling a variant")
             variant = self._variants[signature] = self._build(args, decisions, first)
-        arrays = tuple(array for group in variant.packed for array in packed_arrays(args, group))
-        binding = _Binding(variant, {i: args[i] for i in self._positions}, arrays)
-        self._bindings = {key: each for key, each in self._bindings.items() if not each.dead}
-        self._bindings[self._key(args)] = binding
-        return binding
+        return variant
 
-    def forget(self) -> None:
-        """Drop every binding, so that the next call packs again."""
-        self._latest = None
-        self._bindings.clear()
+    def _dense(self, args: Sequence[Any]) -> Variant:
+        """The graph with nothing compressed, which is right whatever the weights hold."""
+        with self._lock:
+            some = next(iter(self._variants.values()), None)
+            decisions = some.decisions if some is not None else self._decide(args)
+            reason = "its weights were others on every call"
+            return self._variant(args, [replace(decision, spec=None, reason=reason) for decision in decisions])
+
+    def _key(self, args: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+        weights = [args[i] for i in self._positions]
+        return tuple(
+            (id(weight.untyped_storage()), 0 if isinstance(weight, VNMTensor) else weight.data_ptr())
+            for weight in weights
+        )
+
+    def _let_go(self, binding: _Binding) -> None:
+        binding.dead = True
+        if self._latest is binding:
+            self._latest = None
+        self._wasted = 0 if binding.used else self._wasted + 1
+
+    def _rests(self) -> bool:
+        """Whether to run dense for now: packing takes much longer than a call, and was never worth it lately."""
+        if self._resting:
+            self._resting -= 1
+            return True
+        if self._wasted < _PATIENCE:
+            return False
+        self._wasted = _PATIENCE - 1  # one more try after the rest
+        self._resting, self._rest = self._rest, min(2 * self._rest, _REST[1])
+        if not _warned:
+            _warned.append(True)
+            warnings.warn(_OTHERS_EVERY_TIME, stacklevel=4)
+        return True
 
 
-def packed_arrays(args: Sequence[Any], group: PackedInput) -> Sequence[Tensor]:
-    """The three arrays of a packed input, for the weights among `args`."""
-    return store.get([args[i] for i in group.indices], group.transposed, group.names, group.spec)
+def forget() -> None:
+    """Have every weight looked at, element by element, before it is next used."""
+    contents.forget()
 
 
-def forget(weights: Sequence[Tensor]) -> None:
-    """Have `weights` packed again before they are next used."""
-    store.forget(weights)
-    for dispatcher in _dispatchers:
-        dispatcher.forget()
+def _without_memory(weight: Any) -> bool:
+    """Whether a weight has no values to pack: a fake one (somebody traces through compiled code), or one on meta."""
+    return isinstance(weight, FakeTensor) or weight.is_meta
+
+
+_warned: list[bool] = []  # once a process
+_dispatchers: dict[int, weakref.ref[Dispatcher]] = {}
+
+
+def _bury(storage: int) -> None:
+    for ref in tuple(_dispatchers.values()):
+        dispatcher = ref()
+        if dispatcher is not None:
+            dispatcher.bury(storage)
+
+
+contents.on_death.append(_bury)

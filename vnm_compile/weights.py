@@ -2,71 +2,59 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.weak import WeakIdKeyDictionary
 
+from vnm_compile.contents import Content, Place, Watch, contents
 from vnm_compile.format import Packed, align_rows, detect, matches, pack
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 
-Stamp = tuple[int, ...]
+_TRIES = 3  # at packing a weight that is being written to
 
-
-def counts_versions(weight: Tensor) -> bool:
-    """Whether `stamp` is the version counter and the address: inference tensors have no counter, ours no address."""
-    return not (isinstance(weight, VNMTensor) or weight.is_inference())
-
-
-def stamp(weight: Tensor) -> Stamp:
-    """What changes when a weight is written to or its storage is replaced: version counter and address.
-
-    Writes that bypass the version counter (`weight.data.copy_`, numpy, DLPack) leave no trace here; `refresh` is for
-    those.
-    """
-    if isinstance(weight, VNMTensor):
-        return tuple(id(array) for array in weight.packed)
-    # Inference tensors have no version counter, and nobody may write to them.
-    return (0 if weight.is_inference() else weight._version, weight.data_ptr())
-
-
-_detected: dict[bool, WeakIdKeyDictionary] = {False: WeakIdKeyDictionary(), True: WeakIdKeyDictionary()}
+_detected: dict[bool, WeakKeyDictionary[Content, Spec | None]] = {False: WeakKeyDictionary(), True: WeakKeyDictionary()}
+_last_detected: dict[tuple[Place, bool], Spec] = {}
 
 
 def detected_spec(weight: Tensor, transposed: bool) -> Spec | None:
-    """`format.detect`, remembered for as long as the weight lives and is not written to."""
+    """`format.detect`, remembered for as long as the weight lives and holds what it held."""
+    watch = contents.watch(weight)
     remembered = _detected[transposed]
-    seen, spec = remembered.get(weight, (None, None))
-    if seen != stamp(weight):
-        with torch.no_grad(), _disable_current_modes():
+    if watch.content not in remembered:
+        with torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
             matrix = weight.t() if transposed else weight
-            if spec is None or not matches(matrix, spec):
-                spec = detect(matrix)
-        remembered[weight] = (stamp(weight), spec)
-    return spec
+            likely = _last_detected.get((watch.place, transposed))
+            spec = likely if likely is not None and matches(matrix, likely) else detect(matrix)
+        remembered[watch.content] = spec
+        if spec is not None:
+            _last_detected[watch.place, transposed] = spec
+    return remembered[watch.content]
 
 
-_Key = tuple[tuple[int, ...], tuple[bool, ...], Spec]
+class Kept(NamedTuple):
+    """Packed arrays, and what the tensors that they were made from were when they were made."""
 
-
-class _Entry(NamedTuple):
     packed: Packed
-    stamps: tuple[Stamp, ...]
+    watches: tuple[Watch, ...]
+
+
+_Key = tuple[tuple[Place, ...], tuple[bool, ...], Spec]
 
 
 class PackStore:
-    """Packed arrays by the identity of the weights they were made from; holds no weight alive."""
+    """Packed arrays by the place of the weights they were made from; holds no weight alive."""
 
     def __init__(self) -> None:
-        self._entries: dict[_Key, _Entry] = {}
+        self._entries: dict[_Key, Kept] = {}
+        contents.on_death.append(self._bury)
 
-    def get(self, weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Packed:
-        """Return the canonical arrays of `weights`, joined along the rows; packed again if one has changed.
+    def get(self, weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Kept:
+        """Return the arrays of dense weights, joined along the rows; packed again if one has changed.
 
         On a GPU the rows are aligned (`format.align_rows`).
 
@@ -77,39 +65,53 @@ class PackStore:
         Raises:
             VNMError: a weight breaks `spec`.
         """
-        stored = weights[0].packed if len(weights) == 1 and isinstance(weights[0], VNMTensor) else None
-        if stored is not None and not stored.values.is_cuda:
-            return stored
-        key = (tuple(map(id, weights)), tuple(transposed), spec)
-        stamps = tuple(map(stamp, weights))
-        entry = self._entries.get(key)
-        if entry is not None and entry.stamps == stamps:
-            return entry.packed
-        # Packing runs on real values also where the caller is tracing with fake ones.
-        with torch.no_grad(), _disable_current_modes():
-            packed = stored if stored is not None else _pack(weights, transposed, names, spec)
-            if packed.values.is_cuda:
-                packed = align_rows(packed)
-            if entry is not None and _same_form(entry.packed, packed):
-                # Written into the arrays that compiled code knows, whose addresses CUDA graphs have recorded.
-                for old, new in zip(entry.packed, packed, strict=True):
-                    old.copy_(new)
-                packed = entry.packed
-        if entry is None:
-            for weight in weights:
-                weakref.finalize(weight, self._entries.pop, key, None)
-        self._entries[key] = _Entry(packed, stamps)
-        return packed
 
-    def forget(self, weights: Sequence[Tensor]) -> None:
-        """Drop what was packed from any of `weights`, so that it is packed again when next needed."""
-        gone = set(map(id, weights))
-        for weight in weights:
-            for remembered in _detected.values():
-                remembered.pop(weight, None)
-        for key, entry in self._entries.items():
-            if gone & set(key[0]):
-                self._entries[key] = _Entry(entry.packed, ())
+        def make() -> Packed:
+            packed = _pack(weights, transposed, names, spec)
+            return align_rows(packed) if packed.values.is_cuda else packed
+
+        return self._get(weights, tuple(transposed), spec, make)
+
+    def aligned(self, weight: VNMTensor) -> Kept:
+        """The aligned arrays of a compressed weight on a GPU: its own where they are so already, else copies."""
+        return self._get(weight.packed, (weight._transposed,), weight.spec, lambda: align_rows(weight.packed))
+
+    def _get(self, sources: Sequence[Tensor], transposed: tuple[bool, ...], spec: Spec, make) -> Kept:  # type: ignore[no-untyped-def]
+        with contents.lock:
+            for _ in range(_TRIES):
+                watches = tuple(map(contents.watch, sources))
+                key = (tuple(watch.place for watch in watches), transposed, spec)
+                kept = self._entries.get(key)
+                if kept is not None and _same_contents(kept.watches, watches):
+                    return Kept(kept.packed, watches)
+                # Packing runs on real values also where the caller is tracing with fake ones, and on ordinary tensors
+                # also where the caller makes inference ones.
+                with torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
+                    packed = make()
+                    if kept is not None and packed.values.is_cuda and _same_form(kept.packed, packed):
+                        # Written into the arrays whose addresses CUDA graphs have recorded. Elsewhere another thread
+                        # may be reading the old ones.
+                        for old, new in zip(kept.packed, packed, strict=True):
+                            old.copy_(new)
+                        packed = kept.packed
+                if all(contents.watch(source) is watch for source, watch in zip(sources, watches, strict=True)):
+                    self._entries[key] = Kept(packed, watches)
+                    return self._entries[key]
+            # Somebody writes all the time. What was packed last is as good as what a dense kernel would have read; it
+            # is not kept, and the next call looks again.
+            return Kept(packed, watches)
+
+    def _bury(self, storage: int) -> None:
+        for key in list(self._entries):
+            if any(place.storage == storage for place in key[0]):
+                self._entries.pop(key, None)
+        for place, transposed in list(_last_detected):
+            if place.storage == storage:
+                _last_detected.pop((place, transposed), None)
+
+
+def _same_contents(one: Sequence[Watch], other: Sequence[Watch]) -> bool:
+    return all(a.content is b.content for a, b in zip(one, other, strict=True))
 
 
 def _pack(weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Packed:

@@ -17,6 +17,7 @@ from vnm_compile.codegen.inductor.cpp import (
     view_epilogue_in_2d,
 )
 from vnm_compile.codegen.inductor.device import device_patches, forget_device_answers, template_name, watch_codegen
+from vnm_compile.codegen.inductor.native import load_cpp
 from vnm_compile.codegen.inductor.nodes import (
     TritonTemplate,
     V,
@@ -56,6 +57,7 @@ __all__ = [
     "has_lowering",
     "ir",
     "layout_of",
+    "load_cpp",
     "local_buffer",
     "matrix_layout",
     "mode_options",

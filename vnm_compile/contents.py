@@ -1,0 +1,276 @@
+"""What a weight holds, and noticing that it holds something else: what every packed copy depends on.
+
+A weight is known by its place in memory, not by the tensor object: swapping, wrapping and `.data =` change objects and
+leave memory, or the reverse, and weak references to tensors would forbid `torch.utils.swap_tensors`. Four things are
+looked at, from cheap to dear:
+
+- the place: storage, address, shape, strides. A storage that dies takes everything known of it along, so a new one at
+  the same address is a new one.
+- the version counter, which almost every write raises.
+- a fingerprint: a few cache lines, spread over the rows, that hold non-zeros. It sees writes that raise no counter
+  (fused optimizers, `.data`, flat buffers, collectives, numpy, another process) if they change most of the weight.
+- a checksum of everything, where there is a doubt: the counter or the fingerprint moved, an optimizer made a step that
+  may have touched it, a graph is compiled anew, or the user said so. It is exact, so a doubt costs one read of the
+  weight and no packing.
+
+On devices other than CPUs the last two are left out, as they would wait for the device: every doubt means a change.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import random
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes
+
+from vnm_compile import native
+
+_LINE = 64  # bytes of a cache line
+_SAMPLES = 4  # of a weight, one line each
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's elements lie; `storage` is the id of the storage object while it lives."""
+
+    storage: int
+    address: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place:
+        """The place of a strided tensor."""
+        return cls(
+            id(tensor.untyped_storage()), tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What a weight held at one time; as long as it holds the same, this is the same object."""
+
+    checksum: int | None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What was seen of a weight when its content was last made sure of. Everything was read before the content was.
+
+    Attributes:
+        place: where it lies.
+        version: its version counter; None for inference tensors, which have none.
+        samples: pairs of an address and a number of bytes, read for the fingerprint.
+        fingerprint: of those.
+        epoch: `Contents.epoch` before anything was read.
+        trains: whether the weight required a gradient.
+        content: what it held.
+    """
+
+    place: Place
+    version: int | None
+    samples: array[int]
+    fingerprint: int
+    epoch: int
+    trains: bool
+    content: Content
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The version counter of a tensor; None for inference tensors, which have none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def fingerprint_of(samples: array[int]) -> int:
+    """The fingerprint of pairs of an address and a number of bytes; those of several weights add up, modulo 2^64.
+
+    The memory must be alive: hold its storage.
+    """
+    if not samples:
+        return 0
+    address, length = samples.buffer_info()
+    return native.fingerprint()(ctypes.c_void_p(address), length // 2)
+
+
+def known_storages(tensors: Iterable[Any]) -> set[int]:
+    """Ids of the storages of those of `tensors` that have one."""
+    found = set()
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            found.add(id(tensor.untyped_storage()))
+    return found
+
+
+@dataclass
+class _Storage:
+    """What hangs on a storage that is alive."""
+
+    ref: weakref.ref[Any]
+    suspected: int = 0  # the epoch since which a watch of it is in doubt
+    places: set[Place] = field(default_factory=set)
+
+
+class Contents:
+    """The contents of all weights that somebody asked for; it holds no weight alive."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        """Raised whenever a weight comes into doubt."""
+        self._all_suspected = 0
+        self._watches: dict[Place, Watch] = {}
+        self._storages: dict[int, _Storage] = {}
+        self.on_death: list[Callable[[int], None]] = []
+        """Called with the id of a storage when it dies, from anywhere: it must take no lock."""
+        self._random = random.Random(0)
+        self._hooked = False
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        # A lock that another thread held when the process forked would stay held in the child.
+        self.lock = threading.RLock()
+
+    def watch(self, weight: Tensor) -> Watch:
+        """What is known of a strided weight, made sure of now."""
+        storage = weight.untyped_storage()  # keeps the memory that is read, whatever other threads do to the weight
+        place = Place.of(weight)
+        if id(storage) != place.storage:
+            return self.watch(weight)
+        watch = self._watches.get(place)
+        if watch is not None and self._holds(watch, weight):
+            return watch
+        with self.lock, torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
+            return self._look(weight, place)
+
+    def forget(self) -> None:
+        """Bring every weight into doubt."""
+        self.epoch += 1
+        self._all_suspected = self.epoch
+
+    def suspect(self, storages: Iterable[int]) -> None:
+        """Bring the weights in these storages (by id) into doubt."""
+        known = [self._storages.get(storage) for storage in storages]
+        if any(known):
+            self.epoch += 1
+            for each in filter(None, known):
+                each.suspected = self.epoch
+
+    def know(self, tensor: Tensor) -> int:
+        """The id of a tensor's storage, whose death `on_death` will hear of."""
+        storage = tensor.untyped_storage()
+        self._know(storage)
+        return id(storage)
+
+    def _holds(self, watch: Watch, weight: Tensor) -> bool:
+        known = self._storages.get(watch.place.storage)
+        if known is None or watch.epoch < max(known.suspected, self._all_suspected):
+            return False
+        return watch.version == version_of(weight) and watch.fingerprint == fingerprint_of(watch.samples)
+
+    def _look(self, weight: Tensor, place: Place) -> Watch:
+        self._hook()
+        known = self._know(weight.untyped_storage())
+        old = self._watches.get(place)
+        epoch, version = self.epoch, version_of(weight)
+        samples = old.samples if old is not None else self._samples(weight)
+        fingerprint = fingerprint_of(samples)
+        content = Content(checksum(weight))
+        if old is not None and content.checksum is not None and old.content.checksum == content.checksum:
+            content = old.content
+        elif old is not None:
+            samples = self._samples(weight)  # non-zeros may stand elsewhere now
+            fingerprint = fingerprint_of(samples)
+            if content.checksum is not None:
+                content = Content(checksum(weight))  # read after its fingerprint
+        watch = Watch(place, version, samples, fingerprint, epoch, weight.requires_grad, content)
+        self._watches[place] = watch
+        known.places.add(place)
+        return watch
+
+    def _know(self, storage: Any) -> _Storage:
+        known = self._storages.get(id(storage))
+        if known is None or known.ref() is not storage:
+            known = self._storages[id(storage)] = _Storage(weakref.ref(storage, self._burier(id(storage))))
+        return known
+
+    def _burier(self, storage: int) -> Callable[[Any], None]:
+        """What is called when a storage dies. It runs anywhere, so it takes no lock: every step is atomic."""
+        contents = weakref.ref(self)
+
+        def bury(ref: Any) -> None:
+            self = contents()
+            known = self._storages.get(storage) if self is not None else None
+            if self is None or known is None or known.ref is not ref:
+                return
+            self._storages.pop(storage, None)
+            for place in tuple(known.places):
+                self._watches.pop(place, None)
+            for listener in self.on_death:
+                listener(storage)
+
+        return bury
+
+    def _samples(self, weight: Tensor) -> array[int]:
+        """Where to read for the fingerprint: a line around a non-zero in every strip of rows, each in another strip of
+        columns. A write to more than half of the rows, or of the columns, covers a whole strip."""
+        samples: array[int] = array("Q")
+        if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() == 0:
+            return samples
+        matrix = weight if weight.stride(1) == 1 or weight.stride(0) != 1 else weight.t()
+        (rows, width), size = matrix.shape, matrix.element_size()
+        for i, strip in enumerate(self._random.sample(range(_SAMPLES), _SAMPLES)):
+            row = (i * rows + self._random.randrange(rows)) // _SAMPLES
+            left, right = strip * width // _SAMPLES, max((strip + 1) * width // _SAMPLES, strip * width // _SAMPLES + 1)
+            nonzero = matrix.detach()[row, left:right].nonzero().flatten().tolist()
+            column = left + (self._random.choice(nonzero) if nonzero else 0)
+            start = matrix.data_ptr() + row * matrix.stride(0) * size
+            address, length = start + column * matrix.stride(1) * size, size
+            if matrix.stride(1) == 1:
+                line = max(start, address - address % _LINE)
+                address, length = line, min(_LINE, start + width * size - line)
+            samples.extend((address, length))
+        return samples
+
+    def _hook(self) -> None:
+        """Hear of optimizer steps: fused ones raise no version counter, and change bf16 weights in few places."""
+        if not self._hooked:
+            self._hooked = True
+            register_optimizer_step_post_hook(torch.compiler.disable(self._after_step))
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._storages:
+            return
+        stepped = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        # What trains may be a copy of what the optimizer holds: FSDP gathers shards, others keep a flat buffer.
+        trained = {watch.place.storage for watch in tuple(self._watches.values()) if watch.trains}
+        self.suspect(known_storages(stepped) | trained)
+
+
+def checksum(weight: Tensor) -> int | None:
+    """A hash of all elements of a matrix; None on other devices than CPUs."""
+    if weight.device.type != "cpu" or weight.dim() != 2:
+        return None
+    if weight.stride(1) != 1 and weight.stride(0) == 1:
+        weight = weight.t()
+    elif weight.stride(1) != 1:
+        weight = weight.contiguous()
+    size = weight.element_size()
+    rows, width = weight.shape
+    stride = weight.stride(0) if rows > 1 else width
+    return native.checksum()(weight.data_ptr(), rows, width * size, stride * size)
+
+
+contents = Contents()
+"""Shared by everything that packs or looks at weights."""
