@@ -48,7 +48,7 @@ def masked_gradients(model, x):
 
 def step(kind, **options):
     def write(model, x):
-        optimizer = kind(model.parameters(), lr=0.05, **options)
+        optimizer = kind(model.parameters(), lr=0.3, **options)
         masked_gradients(model, x)
         optimizer.step()
 
@@ -186,14 +186,13 @@ WRITES = {
 }
 
 
+ALSO_IN_BF16 = ("SGD", "AdamW fused", "flat buffer", ".data copy_", "half of the rows", "adapters merged")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_write_is_seen_by_the_next_call(dtype):
-    for name, write in WRITES.items():
-        if name in ("bfloat16 and back", "swapped", "a new Parameter", "load_state_dict assign", "collectives"):
-            if dtype != torch.float32:
-                continue
-        elif (name == "numpy" and dtype == torch.bfloat16) or (name == "another process" and dtype == torch.bfloat16):
-            continue
+    for name in WRITES if dtype == torch.float32 else ALSO_IN_BF16:
+        write = WRITES[name]
         model, x = pair(dtype=dtype), torch.randn(5, 64).to(dtype)
         run = compiled(model)
         agree(model, run, x)
@@ -352,22 +351,30 @@ def test_layers_that_share_code_are_no_reason_to_run_dense():
 
 
 def test_packed_arrays_die_with_their_weights():
+    gc.collect()
+    others = set(dispatch.store._entries)
+
+    def packed():
+        entries = dispatch.store._entries
+        return [weakref.ref(array) for key in set(entries) - others for array in entries[key].packed]
+
     model, x = pair(), torch.randn(5, 64)
     run = compiled(model)
     agree(model, run, x)
-    arrays = [weakref.ref(a) for kept in dispatch.store._entries.values() for a in kept.packed]
-    assert arrays
+    arrays = packed()
+    assert len(arrays) == 6
     model.load_state_dict(pair(seed=1).state_dict(), assign=True)
     gc.collect()
     assert all(ref() is None for ref in arrays)
     agree(model, run, x, "assignment")
-    arrays = [weakref.ref(a) for kept in dispatch.store._entries.values() for a in kept.packed]
+    arrays = packed()
+    assert len(arrays) == 6
     del model, run
     gc.collect()
     torch._dynamo.reset()
     gc.collect()
     assert all(ref() is None for ref in arrays)
-    assert not dispatch.store._entries
+    assert not packed()
 
 
 def test_compressed_weights_do_not_outlive_their_model():
@@ -396,5 +403,6 @@ def test_compressed_weights_that_change():
     agree(model, run, x, "a new compressed weight")
     model[0].weight = nn.Parameter(vnm.compress(random_sparse(96, 64, "8:2:16", seed=9), "8:2:16"), requires_grad=False)
     agree(model, run, x, "another pattern")
+    model[0].weight = nn.Parameter(vnm.compress(random_sparse(96, 64, SPEC, seed=4), SPEC), requires_grad=False)
     vnm.decompress_model(model)
     agree(model, run, x, "decompression")

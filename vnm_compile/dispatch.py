@@ -28,8 +28,8 @@ store = PackStore()
 
 _PATIENCE = 4  # packings in a row of which none was used twice, before the graph runs dense
 _OTHERS_EVERY_TIME = (
-    f"the weights of a compiled graph were others on each of its last {_PATIENCE} calls (offloading, functional_call, or a "
-    "weight made anew), so it runs dense for now: packing a weight for one call costs more than it gains. "
+    f"the weights of a compiled graph were others on each of its last {_PATIENCE} calls (offloading, functional_call, "
+    "or a weight made anew), so it runs dense for now: packing a weight for one call costs more than it gains. "
     "vnm.compress_model(model) stores weights packed."
 )
 _REST = (64, 4096)  # calls that it then runs dense before it is tried again: at first, at most
@@ -133,6 +133,21 @@ class Dispatcher:
     again, and a weight that asks for another decision than the graph was compiled for (it lost its pattern, or follows
     another) gets a variant of its own. A graph whose weights are others on every call runs dense.
     """
+
+    # Dynamo wraps what it is given with functools.wraps, which copies `__dict__`: a binding in it would live on.
+    __slots__ = (
+        "__weakref__",
+        "_bindings",
+        "_build",
+        "_decide",
+        "_latest",
+        "_lock",
+        "_positions",
+        "_rest",
+        "_resting",
+        "_variants",
+        "_wasted",
+    )
 
     def __init__(
         self,
