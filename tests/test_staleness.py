@@ -311,6 +311,25 @@ def test_packing_in_inference_mode_leaves_ordinary_arrays():
     torch.testing.assert_close(x.grad, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_packing_in_the_middle_of_something(dtype):
+    """Autocast, inference mode, another default device and dtype, strict determinism."""
+    model, x = pair(dtype=dtype).requires_grad_(False), torch.randn(5, 64).to(dtype)
+    with torch.no_grad():
+        expected = model.double()(x.double())
+        model.to(dtype)
+    run = compiled(model)
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            y = run(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(y.double(), expected, atol=5e-2, rtol=5e-2)
+
+
 def test_the_same_memory_seen_in_another_order():
     model = nn.Linear(64, 64, bias=False).eval()
     square = random_sparse(64, 64, "1:1:8")

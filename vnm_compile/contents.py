@@ -25,7 +25,8 @@ import random
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,21 @@ class Watch:
     epoch: int
     trains: bool
     content: Content
+
+
+@contextmanager
+def on_real_values() -> Iterator[None]:
+    """Compute on what weights hold, whatever the caller is in the middle of: tracing with fake tensors, autocast (which
+    refuses fp16 on CPUs), inference mode (whose tensors are no good outside), another default device."""
+    with (
+        torch.no_grad(),
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False) if torch.is_autocast_enabled("cuda") else nullcontext(),
+        torch.device("cpu"),
+        _disable_current_modes(),
+    ):
+        yield
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -151,7 +167,7 @@ class Contents:
         watch = self._watches.get(place)
         if watch is not None and self._holds(watch, weight):
             return watch
-        with self.lock, torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
+        with self.lock, on_real_values():
             return self._look(weight, place)
 
     def forget(self) -> None:

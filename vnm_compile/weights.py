@@ -8,9 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from vnm_compile.contents import Content, Place, Watch, contents
+from vnm_compile.contents import Content, Place, Watch, contents, on_real_values
 from vnm_compile.format import Packed, align_rows, detect, matches, pack
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
@@ -26,7 +25,7 @@ def detected_spec(weight: Tensor, transposed: bool) -> Spec | None:
     watch = contents.watch(weight)
     remembered = _detected[transposed]
     if watch.content not in remembered:
-        with torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
+        with on_real_values():
             matrix = weight.t() if transposed else weight
             likely = _last_detected.get((watch.place, transposed))
             spec = likely if likely is not None and matches(matrix, likely) else detect(matrix)
@@ -84,9 +83,7 @@ class PackStore:
                 kept = self._entries.get(key)
                 if kept is not None and _same_contents(kept.watches, watches):
                     return Kept(kept.packed, watches)
-                # Packing runs on real values also where the caller is tracing with fake ones, and on ordinary tensors
-                # also where the caller makes inference ones.
-                with torch.no_grad(), torch.inference_mode(False), _disable_current_modes():
+                with on_real_values():
                     packed = make()
                     if kept is not None and packed.values.is_cuda and _same_form(kept.packed, packed):
                         # Written into the arrays whose addresses CUDA graphs have recorded. Elsewhere another thread
