@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CASES_A_PROCESS = 80  # Dynamo keeps something of every graph: a fresh process now and then keeps memory flat
+CASES_A_PROCESS = 60  # Dynamo keeps something of every graph: a fresh process now and then keeps memory flat
 
 
 @dataclass
@@ -65,6 +65,8 @@ class Plan:
     out: Path | None = None
     shrink_seconds: float = 60
     quiet: bool = False
+    root: Path | None = None  # where the package lies that is fuzzed, if not here
+    first_fault: bool = False  # stop at it
 
 
 class Campaign:
@@ -85,7 +87,7 @@ class Campaign:
             except queue.Empty:
                 continue
             self.totals.add(record)
-            if record.get("report"):
+            if record.get("report") and not self.plan.quiet:
                 print("\n" + record["report"], flush=True)
             if not self.plan.quiet and time.monotonic() - shown > 10:
                 shown = time.monotonic()
@@ -108,6 +110,7 @@ class Campaign:
             or (plan.graphs is not None and t.graphs >= plan.graphs)
             or (plan.calls is not None and t.calls >= plan.calls)
             or (plan.cases is not None and self.next >= plan.seed + plan.cases)
+            or (plan.first_fault and t.failed > 0)
         )
 
     def _take(self, count: int) -> list[int]:
@@ -132,6 +135,8 @@ class Campaign:
         cache = Path(tempfile.gettempdir()) / f"vnm_fuzz_{os.getuid()}_{number}"
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
         plan = self.plan
+        if plan.root is not None:
+            environment["PYTHONPATH"] = str(plan.root)
         work = {
             "seeds": seeds,
             "kernels": plan.kernels,
@@ -147,6 +152,7 @@ class Campaign:
             stderr=subprocess.PIPE if plan.quiet else None,
             text=True,
             env=environment,
+            cwd=plan.root,
         )
         assert process.stdin
         assert process.stdout

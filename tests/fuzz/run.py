@@ -58,6 +58,8 @@ class Case:
     def __init__(self, source: str, weights: list[Weight], settings: Settings) -> None:
         self.settings, self.weights = settings, weights
         self.make, self.make_double = load(source), load(source, double=True)
+        coarse = "BF16" in source or "bfloat16" in source or settings.autocast != "none"
+        self.eps = torch.finfo(torch.bfloat16 if coarse else DTYPES[settings.dtype]).eps
         self.twin = self._dense()
         self.model = self._dense()
         if settings.annotated:
@@ -297,7 +299,7 @@ def execute(source: str, weights: list[Weight], settings: Settings, sparse: bool
                 outcome.status, outcome.call, outcome.error = "raises", i, traceback.format_exc()
                 break
             outcome.calls += 1
-            outcome.differences = _differences(seen, dense, reference)
+            outcome.differences = _differences(seen, dense, reference, case.eps)
             if outcome.differences:
                 outcome.status, outcome.call = "wrong", i
                 break
@@ -311,9 +313,11 @@ def _plain(settings: Settings) -> Settings:
     return settings_from({**asdict(settings), "storage": "dense", "annotated": False})
 
 
-def _differences(seen: Mapping[str, Any], dense: Mapping[str, Any], reference: Mapping[str, Any]) -> list[Difference]:
+def _differences(
+    seen: Mapping[str, Any], dense: Mapping[str, Any], reference: Mapping[str, Any], eps: float
+) -> list[Difference]:
     names = dict.fromkeys([*dense, *seen])
-    found = [difference(name, seen.get(name), dense.get(name), reference.get(name)) for name in names]
+    found = [difference(name, seen.get(name), dense.get(name), reference.get(name), eps) for name in names]
     return [each for each in found if each is not None]
 
 

@@ -11,13 +11,13 @@ from tests.fuzz.run import Outcome
 
 
 def shrink(program: Program, outcome: Outcome, run: Callable[[Program], Outcome], seconds: float = 60) -> Program:
-    """The smallest program found within `seconds` that fails in the same way as `outcome`."""
-    deadline = time.monotonic() + seconds
+    """The smallest program found within `seconds` of processor time that fails in the same way as `outcome`."""
+    deadline = time.process_time() + seconds
     again = True
     while again:
         again = False
         for smaller in _smaller(program):
-            if time.monotonic() > deadline:
+            if time.process_time() > deadline:
                 return program
             if run(smaller).signature == outcome.signature:
                 program, again = smaller, True
