@@ -44,7 +44,7 @@ def _settings(rng: random.Random, seed: int, width: int, through: str) -> Settin
     dynamic = rng.choice((None, None, True, True, False))
     few = dynamic is False or (dynamic is None and through == "inductor")
     sizes = [(batch, rng.choice(_TOKENS))]
-    for _ in range(rng.randint(3, 6)):
+    for _ in range(rng.randint(5, 9) if dynamic else rng.randint(2, 4)):
         if few and rng.random() < 0.75:
             sizes.append(sizes[0])
         else:

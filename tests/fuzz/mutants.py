@@ -35,14 +35,16 @@ def mutated(mutant: Mutant | None, folder: Path) -> Path:
     return folder
 
 
-def hunt(mutant: Mutant | None, minutes: float, seed: int, workers: int, cases: int | None = None) -> tuple[Totals, float]:
+def hunt(
+    mutant: Mutant | None, minutes: float, seed: int, workers: int, cases: int | None = None
+) -> tuple[Totals, float]:
     """Fuzz a mutant until its first fault."""
     with tempfile.TemporaryDirectory() as folder:
         root = mutated(mutant, Path(folder))
         kernels = mutant.kernels if mutant else 0.1
         only = list(mutant.only) if mutant and mutant.only else None
         plan = Plan(
-            seed=seed, minutes=minutes, cases=cases, workers=workers, kernels=kernels, only=only, shrink_seconds=0,
+            seed=seed, minutes=minutes, workers=workers, kernels=kernels, only=only, shrink_seconds=0,
             quiet=True, root=root, first_fault=True,
         )  # fmt: skip
         start = time.monotonic()

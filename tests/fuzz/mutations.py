@@ -22,4 +22,44 @@ class Mutant:
     kernels: float = 0.0
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+_PASSES = "vnm_compile/passes/"
+
+
+def _weights(name: str, text: str, replacement: str, file: str = "vnm_compile/contents.py") -> Mutant:
+    return Mutant(name, ((file, text, replacement),), only=("chain", "gated", "siblings"))
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    _weights("optimizer steps raise no doubt", "self.suspect(known_storages(stepped) | trained)", "pass"),
+    _weights(
+        "no fingerprint",
+        "return native.fingerprint()(ctypes.c_void_p(address), length // 2)",
+        "return 0",
+    ),
+    _weights("no version counter", "return None if tensor.is_inference() else tensor._version", "return None"),
+    _weights(
+        "a fresh compilation trusts what was packed",
+        "    contents.suspect(known_storages(inputs[i] for i in positions))\n",
+        "",
+        "vnm_compile/backend.py",
+    ),
+    _weights("refresh forgets nothing", "        self._all_suspected = self.epoch\n", ""),
+    _weights(
+        "addresses are not compared",
+        "if [weight.data_ptr() for weight in packed] != self._addresses:",
+        "if False:",
+        "vnm_compile/dispatch.py",
+    ),
+    _weights(
+        "storages are not compared",
+        "if [*map(id, storages)] != self._storages:",
+        "if False:",
+        "vnm_compile/dispatch.py",
+    ),
+    _weights(
+        "equal sizes count as equal contents",
+        "return all(a.content is b.content for a, b in zip(one, other, strict=True))",
+        "return True",
+        "vnm_compile/weights.py",
+    ),
+)

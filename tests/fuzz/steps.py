@@ -43,7 +43,9 @@ class Draw:
 
     def siblings(self, x: str, outs: list[int], bias: str | None = None) -> list[str]:
         """Linears of one form over one activation."""
-        form, bias = self.pick("linear", "linear", "linear", "param"), bias or self.pick(*_BIASES)
+        form = self.pick("linear", "linear", "linear", "param")
+        odd = form == "param" and self.chance(0.3)
+        bias = bias or self.pick(*(_ODD_BIASES if odd else _BIASES))
         same = self.chance(0.8)
         return [self.linear(x, out, form=form, bias=bias if same else self.pick(*_BIASES)) for out in outs]
 
@@ -353,6 +355,18 @@ def tied(d: Draw) -> list[str]:
     return [f"t = {apply(d, weight, 'h')}", f"h = t + 0.3 * {other}"]
 
 
+def weight_written(d: Draw) -> list[str]:
+    """The module writes to its own weight, before, between or after its uses."""
+    w = d.width
+    weight = d.weight(w, w, bias="none")
+    name = f"self.{weight.path}"
+    write = d.pick(f"{name}.mul_(-0.5)", f"{name}.copy_({name} * 0.75)", f"{name}.data.neg_()", f"{name}[:8].zero_()")
+    write_lines = ["with torch.no_grad():", f"    {write}"]
+    one, two = f"t = {apply(d, weight, 'h')}", f"u = {apply(d, weight, 'e')}"
+    order = d.rng.choice([[*write_lines, one, two], [one, *write_lines, two], [one, two, *write_lines]])
+    return [*order, "h = torch.tanh(t) + u"]
+
+
 def branch(d: Draw) -> list[str]:
     w = d.width
     a, b = d.siblings("h", [w, w])
@@ -451,11 +465,11 @@ KINDS: dict[str, Callable[[Draw], list[str]]] = {
     each.__name__: each
     for each in (
         chain, residual, attention, gated, gated_written, siblings_written, siblings, rows, layouts, epilogues,
-        product_channels_first, regions, gated_regions, nested_grad, checkpointed, shared, tied, branch, graph_break,
-        transforms, out_argument, placed, precisions, matrix_bias, unpacked,
+        product_channels_first, regions, gated_regions, nested_grad, checkpointed, shared, tied, weight_written,
+        branch, graph_break, transforms, out_argument, placed, precisions, matrix_bias, unpacked,
     )
 }  # fmt: skip
-_RARE = {"transforms": 0.4, "matrix_bias": 0.5, "nested_grad": 0.5, "graph_break": 0.7}
+_RARE = {"transforms": 0.4, "weight_written": 0.4, "matrix_bias": 0.5, "nested_grad": 0.5, "graph_break": 0.7}
 
 
 def draw_step(rng: random.Random, index: int, width: int, spec: str, kinds: list[str]) -> Step:

@@ -217,16 +217,6 @@ def load_state_dict_assign(model: nn.Module, generator: torch.Generator) -> None
 
 
 @_dense
-def load_with_swap(model: nn.Module, generator: torch.Generator) -> None:
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        model.load_state_dict(_state(model, generator))
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-@_dense
 def new_parameter(model: nn.Module, generator: torch.Generator) -> None:
     for owner, name, weight in matrices(model):
         setattr(owner, name, nn.Parameter(_noise(weight, generator), requires_grad=weight.requires_grad))
@@ -277,6 +267,39 @@ def compile_again(model: nn.Module, generator: torch.Generator) -> None:
     for _, _, weight in matrices(model):
         weight.data.copy_(_noise(weight, generator))
     model.compile_again = True  # type: ignore[assignment]
+
+
+def _one_row_behind(model: nn.Module) -> None:
+    """A write that neither counts nor changes most of a weight: nothing on a call can see it."""
+    for _, _, weight in matrices(model):
+        weight.data[1].mul_(-2)
+
+
+@_dense
+def one_row_and_refresh(model: nn.Module, generator: torch.Generator) -> None:
+    _one_row_behind(model)
+    vnm.refresh(model)
+
+
+@_dense
+def one_row_and_compile_again(model: nn.Module, generator: torch.Generator) -> None:
+    _one_row_behind(model)
+    model.compile_again = True  # type: ignore[assignment]
+
+
+@_dense
+def one_row_by_fused_sgd(model: nn.Module, generator: torch.Generator) -> None:
+    """A fused step whose gradient is zero but for one row, as an expert's or an embedding's may be."""
+    parameters = [parameter for _, _, parameter in matrices(model)]
+    needed = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[1] = _noise(parameter, generator)[1] * 4
+    torch.optim.SGD(parameters, lr=1.0, fused=True).step()
+    for parameter, need in zip(parameters, needed, strict=True):
+        parameter.grad = None
+        parameter.requires_grad_(need)
 
 
 @_dense
