@@ -281,6 +281,7 @@ def execute(source: str, weights: list[Weight], settings: Settings, sparse: bool
                     break
                 if written is not model or getattr(written, "compile_again", False):
                     model, written.compile_again = written, False
+                    torch._dynamo.reset()  # else Dynamo answers with what it compiled for the same backend
                     compiled = compiler(model)
             for again in range(REPEATS):
                 if not _call(case, outcome, (compiled, model, twin), size, i, again):
