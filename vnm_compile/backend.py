@@ -25,7 +25,7 @@ from vnm_compile.codegen.measure import measure
 from vnm_compile.contents import contents, known_storages
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
-from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, merge, plan, rewrite
+from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, flatten, merge, plan, rewrite
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ def prepare(
 
     `names` are those of layers by the id of their weight, where more is known than the graph tells.
     """
+    gm = flatten(gm)
     sites = find_linears(gm.graph, inputs)
     return _rewrite(gm, inputs, options, _plan(sites, inputs, options, names))
 
@@ -99,13 +100,14 @@ def compile_prepared(
 
 def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
     """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
-    sites = find_linears(gm.graph, inputs)
+    flat = flatten(gm)
+    sites = find_linears(flat.graph, inputs)
 
     def decide(args: Sequence[Any]) -> list[Decision]:
         return _plan(sites, args, options)
 
     def build(args: Sequence[Any], decisions: list[Decision], first: bool) -> dispatch.Variant:
-        prepared = _rewrite(gm, args, options, decisions)
+        prepared = _rewrite(flat, args, options, decisions)
         graph = prepared.rewritten.gm if prepared.rewritten else _plain_copy(gm)
         # A later variant is not compiled inside Dynamo's call to the backend: Dynamo traces the graph itself then, and
         # keeps those shapes dynamic that have to be.

@@ -1,12 +1,24 @@
-"""The FX passes, in the order in which the backend runs them: find, plan, merge, rewrite.
+"""The FX passes, in the order in which the backend runs them: flatten, find, plan, merge, rewrite.
 
 Each is a function over the graph Dynamo hands over and returns a record of what it did; none touches the user's
 modules, and none knows what a kernel looks like.
 """
 
 from vnm_compile.passes.find import Site, find_linears
+from vnm_compile.passes.higher_order import flatten
 from vnm_compile.passes.merge import Unit, merge
 from vnm_compile.passes.plan import Decision, plan
 from vnm_compile.passes.rewrite import PackedInput, Rewritten, rewrite
 
-__all__ = ["Decision", "PackedInput", "Rewritten", "Site", "Unit", "find_linears", "merge", "plan", "rewrite"]
+__all__ = [
+    "Decision",
+    "PackedInput",
+    "Rewritten",
+    "Site",
+    "Unit",
+    "find_linears",
+    "flatten",
+    "merge",
+    "plan",
+    "rewrite",
+]

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from vnm_compile.passes.effects import Effects
+from vnm_compile.passes.forms import Product, example, is_view, product_of, through_views
+from vnm_compile.passes.higher_order import Body, bodies, why_not_rewritten
+from vnm_compile.passes.regions import RECORDING, Mode, modes
 from vnm_compile.tensor import VNMTensor
 
-_LINEAR = {torch._C._nn.linear, F.linear}
-_MATMUL = {torch.matmul, torch.mm, operator.matmul}
-_MATMUL_METHODS = {"matmul", "mm", "__matmul__"}
-_TRANSPOSING = {torch.t, torch.transpose, torch.swapaxes, torch.permute}
-_TRANSPOSING_METHODS = {"t", "transpose", "swapaxes", "permute", "numpy_T"}
-_TRANSPOSING_ATTRIBUTES = {"T", "mT"}
 # Ops that multiply by a weight in a way that is not rewritten: part of their name, and why.
 _UNHANDLED = {
     "_transformer_encoder_layer_fwd": (
@@ -33,9 +29,12 @@ _UNHANDLED = {
     "grouped_mm": "a batch of expert weights, multiplied together; only single matrices are handled",
     "bmm": "a batch of weights; only single matrices are handled",
     "einsum": "multiplied by einsum; write it as F.linear to have it compressed",
+    "tensordot": "multiplied by tensordot; write it as F.linear to have it compressed",
+    "inner": "multiplied by inner; write it as F.linear to have it compressed",
     "bilinear": "a bilinear form; only linear layers are handled",
     "matmul": "not a 2-D weight that multiplies from the right; only x @ W.T is handled",
     "mm": "not a 2-D weight that multiplies from the right; only x @ W.T is handled",
+    "mv": "it multiplies a vector from the left; write it as F.linear to have it compressed",
 }
 
 
@@ -52,6 +51,8 @@ class Site:
         bias: what is added, or None.
         transposed: the weight is stored `[in_features, out_features]`.
         reason: why the site has to stay dense whatever the weight holds; None where it may be compressed.
+        mode: the mode of torch in which it runs.
+        written: positions of the graph's inputs into which the graph writes.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Site:
     bias: fx.Node | None = None
     transposed: bool = False
     reason: str | None = None
+    mode: Mode = RECORDING
+    written: tuple[int, ...] = ()
 
 
 def find_linears(graph: fx.Graph, inputs: Sequence[Any]) -> list[Site]:
@@ -71,139 +74,154 @@ def find_linears(graph: fx.Graph, inputs: Sequence[Any]) -> list[Site]:
         graph: as Dynamo hands it to a backend (torch IR, parameters as placeholders). It is not changed.
         inputs: the values of the placeholders.
     """
-    position = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
-    sites = []
-    for node in graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
-        site = _linear_site(node, position, inputs)
-        sites += [site] if site is not None else _unhandled_sites(node, position, inputs)
-    return sites
+    return _Finder(graph, inputs, Effects(graph, inputs), modes(graph)).sites()
 
 
-def _linear_site(node: fx.Node, position: dict[fx.Node, int], inputs: Sequence[Any]) -> Site | None:
-    """The site of `node` if it is F.linear, addmm or a matmul with a weight on the right."""
-    parts = _operands(node)
-    if parts is None:
+class _Finder:
+    """Looks for the sites of one graph; those of the graphs that higher-order ops run are found by others like it."""
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[Any], effects: Effects, mode: dict[fx.Node, Mode]) -> None:
+        self.graph, self.inputs, self.effects, self.mode = graph, inputs, effects, mode
+        self.position = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+
+    def sites(self) -> list[Site]:
+        found: list[Site] = []
+        for node in self.graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                site = self.linear(node)
+                found += [site] if site is not None else self.unhandled(node)
+                found += [each for body in bodies(node) for each in self.inside(node, body)]
+        written = self.effects.written_inputs
+        return [replace(site, written=written) for site in found]
+
+    def linear(self, node: fx.Node) -> Site | None:
+        """The site of `node` if it is F.linear, addmm or a matmul with a weight on the right."""
+        product = product_of(node)
+        if product is None:
+            return None
+        weight, flips = through_views(product.matrix)
+        index = self.position.get(weight)
+        if index is None:
+            # A computed right-hand side is a linear only if the op says so: attention also multiplies.
+            why = (
+                "its weight is computed in the graph (sliced, cast or combined), so no stored tensor can be compressed"
+            )
+            return Site(module_name(node), node, product.x, None, None, reason=why) if product.is_linear else None
+        value = self.inputs[index]
+        if not isinstance(value, Tensor) or not (product.is_linear or _is_stored(value)):
+            return None
+        # F.linear multiplies by the transpose of its weight, the others by what they are given.
+        transposed = flips % 2 == (1 if product.is_linear else 0)
+        reason = self.why_unfit(node, weight, value, product)
+        mode = self.mode[node]
+        return Site(_weight_name(weight), node, product.x, weight, index, product.bias, transposed, reason, mode)
+
+    def why_unfit(self, node: fx.Node, weight: fx.Node, value: Tensor, product: Product) -> str | None:
+        """Why a linear whose weight is an input must stay dense, or None."""
+        if value.dim() != 2:
+            return f"its weight has {value.dim()} dimensions; only matrices are handled"
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, VNMTensor):
+            return f"its weight is a {type(value).__name__}, which stores its values in a way of its own"
+        if not value.dtype.is_floating_point:
+            return f"its weight is {value.dtype}; kernels exist for floating-point weights"
+        if self.mode[node].transforms:
+            return (
+                "inside a transform of torch.func or forward-mode AD (vmap, grad, jvp), which the kernels do not follow"
+            )
+        writer = self.effects.writer_of(weight)
+        if writer is not None:
+            return f"its weight is written to in the graph ({op_name(writer)}), after it would have been packed"
+        others = [user for user in weight.users if not _only_multiplies(user)]
+        if others:
+            return (
+                f"its weight is shared with {op_name(others[0])} (a tied weight); compressing it would store it twice"
+            )
+        return product.reason or _why_unlike(node, value, product, self.mode[node])
+
+    def unhandled(self, node: fx.Node) -> list[Site]:
+        """The sites of an op that multiplies by stored weights in a way that is not rewritten."""
+        name = op_name(node)
+        reason = next((why for part, why in _UNHANDLED.items() if part in name), None)
+        sites: list[Site] = []
+        if reason is None:
+            return sites
+        for operand in node.all_input_nodes:
+            weight = operand
+            while weight not in self.position and len(weight.all_input_nodes) == 1:
+                weight = weight.all_input_nodes[0]
+            index = self.position.get(weight)
+            if index is not None and _is_stored(self.inputs[index]) and self.inputs[index].dim() >= 2:
+                sites.append(Site(_weight_name(weight), node, None, weight, index, reason=reason))
+        return sites
+
+    def inside(self, node: fx.Node, body: Body) -> list[Site]:
+        """The sites of a graph that a higher-order op runs, as sites of this graph: named by it, and dense."""
+        operands = [self.position.get(each) if each is not None else None for each in body.operands]
+        values = [self.inputs[i] if i is not None else None for i in operands]
+        graph = body.module.graph
+        mode = modes(graph, self.mode[node])
+        found = _Finder(graph, values, Effects(graph), mode).sites()
+        outer = list(self.position)
+        sites = []
+        for site in found:
+            index = operands[site.index] if site.index is not None else None
+            weight = outer[index] if index is not None else None
+            name = _weight_name(weight) if weight is not None else site.name
+            reason = site.reason or why_not_rewritten(node)
+            sites.append(replace(site, name=name, weight=weight, index=index, reason=reason))
+        return sites
+
+
+def _why_unlike(node: fx.Node, weight: Tensor, product: Product, mode: Mode) -> str | None:
+    """Why our op followed by an addition would not be what this product is to eager, or None."""
+    x, bias, y = example(product.x), example(product.bias), example(node)
+    if x is None or y is None:
         return None
-    x, matrix, bias, is_linear = parts
-    weight, flips = _through_transposes(matrix)
-    index = position.get(weight)
-    if index is None:
-        # A computed right-hand side is a linear only if the op says so: attention also multiplies.
-        reason = "its weight is computed in the graph (sliced, cast or combined), so no stored tensor can be compressed"
-        return Site(_module_name(node), node, x, None, None, reason=reason) if is_linear else None
-    value = inputs[index]
-    if not isinstance(value, Tensor) or not (is_linear or _is_stored(value)):
-        return None
-    # F.linear multiplies by the transpose of its weight, the others by what they are given.
-    transposed = flips % 2 == (1 if is_linear else 0)
-    unfit = _why_unfit(node, weight, value, bias)
-    return Site(_weight_name(weight), node, x, weight, index, bias, transposed, unfit)
+    operands = [each.dtype for each in (x, weight, bias) if each is not None]
+    if x.device.type not in mode.autocast:
+        mixed = len(set(operands)) > 1
+    else:  # autocast casts to its own dtype, but leaves float64 as it is
+        mixed = len({dtype == torch.float64 for dtype in operands}) > 1
+    if mixed:
+        return f"it mixes {', '.join(sorted({str(dtype) for dtype in operands}))}, which eager refuses to multiply"
+    if bias is not None and bias.dim() > 1 and x.dim() != 2:
+        return f"its bias has {bias.dim()} dimensions; only a bias for each output is added as torch adds it"
+    return None if _is_contiguous(y) else "its result is not contiguous in eager mode, and ours would be"
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
-    """(x, matrix, bias, is F.linear) of a node that multiplies x by a matrix from the right."""
-    args, kwargs = node.args, node.kwargs
-    if node.target in _LINEAR:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
-        parts = given.get("input"), given.get("weight"), given.get("bias"), True
-    elif node.target is torch.addmm and len(args) == 3 and not kwargs:
-        parts = args[1], args[2], args[0], False
-    elif (node.target in _MATMUL or (node.op == "call_method" and node.target in _MATMUL_METHODS)) and len(args) == 2:
-        parts = args[0], args[1], None, False
-    else:
-        return None
-    fit = isinstance(parts[0], fx.Node) and isinstance(parts[1], fx.Node)
-    return parts if fit else None  # type: ignore[return-value]
+def _is_contiguous(tensor: Tensor) -> bool:
+    """Whether a tensor is contiguous, by hints: to ask the tensor itself could add a guard where sizes are dynamic."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        length, step = hint(size), hint(stride)
+        if length is None or step is None or length == 0:
+            return True
+        if length != 1 and step != expected:
+            return False
+        expected *= length
+    return True
 
 
-def is_linear(node: fx.Node) -> bool:
-    """Whether a node is F.linear, addmm or a matmul."""
-    return _operands(node) is not None
-
-
-def is_transpose(node: fx.Node) -> bool:
-    """Whether a node swaps the two dimensions of a matrix."""
-    by_function = node.op == "call_function" and node.target in _TRANSPOSING
-    by_method = node.op == "call_method" and node.target in _TRANSPOSING_METHODS
-    by_attribute = node.target is getattr and node.args[1] in _TRANSPOSING_ATTRIBUTES
-    return (by_function or by_method or by_attribute) and isinstance(node.args[0], fx.Node) and _swaps_two(node)
-
-
-def _through_transposes(node: fx.Node) -> tuple[fx.Node, int]:
-    """The node under a chain of 2-D transposes, and how many there are."""
-    flips = 0
-    while is_transpose(node):
-        node, flips = node.args[0], flips + 1  # type: ignore[assignment]
-    return node, flips
-
-
-def _swaps_two(node: fx.Node) -> bool:
-    """Whether a transposing node really swaps the two dimensions of a matrix."""
-    value = _example(node.args[0])  # type: ignore[arg-type]
-    if value is None or value.dim() != 2:
-        return False
-    dims = node.args[1:]
-    dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], tuple | list) else dims
-    if node.target is getattr or not dims:
-        return True
-    permuting = node.target is torch.permute or node.target == "permute"
-    swapped = [d % 2 for d in dims if isinstance(d, int)]
-    return swapped == [1, 0] if permuting else sorted(swapped) == [0, 1]
-
-
-def _why_unfit(node: fx.Node, weight: fx.Node, value: Tensor, bias: fx.Node | None) -> str | None:
-    """Why a linear whose weight is an input must stay dense, or None."""
-    if value.dim() != 2:
-        return f"its weight has {value.dim()} dimensions; only matrices are handled"
-    if is_traceable_wrapper_subclass(value) and not isinstance(value, VNMTensor):
-        return f"its weight is a {type(value).__name__}, which stores its values in a way of its own"
-    if not value.dtype.is_floating_point:
-        return f"its weight is {value.dtype}; kernels exist for floating-point weights"
-    others = [user for user in weight.users if not _only_multiplies(user)]
-    if others:
-        return f"its weight is shared with {_op_name(others[0])} (a tied weight); compressing it would store it twice"
-    added = _example(bias) if bias is not None else None
-    if added is not None and added.dim() > 1 and node.target is torch.addmm:
-        return "addmm adds a matrix, not a bias"
-    return None
+def hint(size: Any) -> int | None:
+    """A size as a number; of a symbolic one the value it was traced with, without a guard; None where there is none."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def _only_multiplies(user: fx.Node) -> bool:
-    """Whether a user of a weight is a linear, or a transpose that only linears use."""
-    if is_linear(user):
+    """Whether a user of a weight is a linear, or a view that only linears use."""
+    if product_of(user) is not None:
         return True
-    return is_transpose(user) and all(_only_multiplies(each) for each in user.users)
-
-
-def _unhandled_sites(node: fx.Node, position: dict[fx.Node, int], inputs: Sequence[Any]) -> list[Site]:
-    """The sites of an op that multiplies by stored weights in a way that is not rewritten."""
-    name = _op_name(node)
-    reason = next((why for part, why in _UNHANDLED.items() if part in name), None)
-    sites: list[Site] = []
-    if reason is None:
-        return sites
-    for operand in node.all_input_nodes:
-        weight = operand
-        while weight not in position and len(weight.all_input_nodes) == 1:
-            weight = weight.all_input_nodes[0]
-        index = position.get(weight)
-        if index is not None and _is_stored(inputs[index]) and inputs[index].dim() >= 2:
-            sites.append(Site(_weight_name(weight), node, None, weight, index, reason=reason))
-    return sites
+    if user.op == "call_function" and isinstance(user.target, torch._ops.HigherOrderOperator):
+        return True  # what its graphs do with the weight is looked at on its own
+    return is_view(user) and all(_only_multiplies(each) for each in user.users)
 
 
 def _is_stored(value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter) or bool(getattr(value, "_is_param", False))
 
 
-def _example(node: Any) -> Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def _op_name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
+    """What a node calls, for people."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
@@ -220,7 +238,7 @@ def _weight_name(placeholder: fx.Node) -> str:
     return source_name(placeholder).removesuffix(".weight")
 
 
-def _module_name(node: fx.Node) -> str:
+def module_name(node: fx.Node) -> str:
     """Qualified name of the module that a node was traced from."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from vnm_compile.passes.effects import Effects
+from vnm_compile.passes.forms import example
 from vnm_compile.passes.plan import Decision
 from vnm_compile.tensor import VNMTensor
 
@@ -47,24 +49,28 @@ class Unit:
 def merge(decisions: Sequence[Decision], inputs: Sequence[Any], enabled: bool = True) -> list[Unit]:
     """Return the units that the sparse ones of `decisions` form, in graph order.
 
-    Joined are linears over one activation with one pattern, dtype and kind of bias. Weights that are stored
-    compressed stay single: to join them would be to store them twice. So do, where gradients are on, gated pairs,
-    which have no backward.
+    Joined are linears over one activation with one pattern, dtype and kind of bias. A unit is computed in one place:
+    for siblings that of the first, for a gated pair that of the product. So nothing on the way there may write to what
+    they read or change a mode (gradients, autocast). Weights that are stored compressed stay single: to join them would
+    be to store them twice. So do, where gradients are on, gated pairs, which have no backward.
     """
     sparse = [decision for decision in decisions if decision.sparse]
     if not enabled:
         return [Unit("single", (decision,)) for decision in sparse]
     joinable = [d for d in sparse if not isinstance(inputs[d.site.index], VNMTensor)]  # type: ignore[index]
-    units = _gated_units(joinable) if not torch.is_grad_enabled() else []
+    if len(joinable) < 2:
+        return [Unit("single", (decision,)) for decision in sparse]
+    effects = Effects(joinable[0].site.node.graph)
+    units = _gated_units([d for d in joinable if not d.site.mode.grad], effects)
     taken = {id(member) for unit in units for member in unit.members}
-    units += _sibling_units([d for d in joinable if id(d) not in taken])
+    units += _sibling_units([d for d in joinable if id(d) not in taken], effects)
     taken |= {id(member) for unit in units for member in unit.members}
     units += [Unit("single", (d,)) for d in sparse if id(d) not in taken]
     order = {id(decision): i for i, decision in enumerate(decisions)}
     return sorted(units, key=lambda unit: min(order[id(member)] for member in unit.members))
 
 
-def _gated_units(decisions: Sequence[Decision]) -> list[Unit]:
+def _gated_units(decisions: Sequence[Decision], effects: Effects) -> list[Unit]:
     """Pairs of linears whose only use is `activation(gate) * up`."""
     by_node = {decision.site.node: decision for decision in decisions if decision.site.bias is None}
     units = []
@@ -78,15 +84,17 @@ def _gated_units(decisions: Sequence[Decision]) -> list[Unit]:
         up = by_node.get(other) if isinstance(other, fx.Node) else None
         if up is None or up is gate or _only_user(up.site.node) is not product:
             continue
-        if _alike(gate, up) and gate.shape == up.shape:
+        if _alike(gate, up) and gate.shape == up.shape and _may_move((gate, up), product, effects):
             units.append(Unit("gated", (gate, up), activation, product))
     return units
 
 
-def _sibling_units(decisions: Sequence[Decision]) -> list[Unit]:
+def _sibling_units(decisions: Sequence[Decision], effects: Effects) -> list[Unit]:
     groups: list[list[Decision]] = []
     for decision in decisions:
-        group = next((g for g in groups if _alike(g[0], decision)), None)
+        group = next(
+            (g for g in groups if _alike(g[0], decision) and _may_move((decision,), g[0].site.node, effects)), None
+        )
         if group is None:
             groups.append([decision])
         elif all(decision.site.weight is not other.site.weight for other in group):
@@ -94,15 +102,36 @@ def _sibling_units(decisions: Sequence[Decision]) -> list[Unit]:
     return [Unit("siblings", tuple(group)) for group in groups if len(group) > 1]
 
 
+def _may_move(members: Sequence[Decision], place: fx.Node, effects: Effects) -> bool:
+    """Whether members may be computed at `place` instead, before or after their own."""
+    for member in members:
+        node, read = member.site.node, [member.site.x, member.site.bias]
+        if not effects.together(node, place) or effects.writer_between(node, place, *filter(None, read)) is not None:
+            return False
+    return True
+
+
 def _alike(one: Decision, other: Decision) -> bool:
     """Whether two linears can be one: same activation, pattern, dtype, and both or neither with a stored bias."""
 
     def traits(decision: Decision) -> tuple[Any, ...]:
-        bias = decision.site.bias
-        return decision.site.x, decision.spec, decision.dtype, bias is None
+        return decision.site.x, decision.spec, decision.dtype, decision.site.bias is None
 
-    stored = all(d.site.bias is None or d.site.bias.op == "placeholder" for d in (one, other))
-    return traits(one) == traits(other) and stored
+    return traits(one) == traits(other) and _has_plain_bias(one) and _has_plain_bias(other)
+
+
+def _has_plain_bias(decision: Decision) -> bool:
+    """Whether a linear has no bias, or a stored one with an element for each output: such can be joined end to end."""
+    bias = decision.site.bias
+    if bias is None:
+        return True
+    value = example(bias)
+    return (
+        bias.op == "placeholder"
+        and value is not None
+        and decision.shape is not None
+        and (tuple(value.shape) == decision.shape[:1])
+    )
 
 
 def _only_user(node: fx.Node | None) -> fx.Node | None:

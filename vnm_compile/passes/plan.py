@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vnm_compile.annotate import Annotation
 from vnm_compile.options import Options
-from vnm_compile.passes.find import Site
+from vnm_compile.passes.find import Site, hint
 from vnm_compile.problem import Measure, Problem, Timing
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
@@ -76,7 +77,7 @@ def plan(
         annotation = annotations.get(id(weight))
         name = annotation.name if annotation is not None else (names or {}).get(id(weight), site.name)
         if site.reason is None and weight is not None:
-            decisions.append(_decide(site, name, weight, options, annotation, measure))
+            decisions.append(_decide(site, name, weight, inputs, options, annotation, measure))
         else:
             matrix = weight if weight is not None and weight.dim() == 2 else None
             shape, dtype = (tuple(matrix.shape), matrix.dtype) if matrix is not None else (None, None)
@@ -88,6 +89,7 @@ def _decide(
     site: Site,
     name: str,
     weight: Tensor,
+    inputs: Sequence[Any],
     options: Options,
     annotation: Annotation | None,
     measure: Measure | None,
@@ -98,12 +100,14 @@ def _decide(
     def decide(spec: Spec | None, reason: str, timing: Timing | None = None) -> Decision:
         return Decision(site, name, spec, reason, tokens, (out_features, in_features), weight.dtype, timing)
 
-    if isinstance(weight, VNMTensor):
-        return decide(weight.spec, "stored compressed")
     if isinstance(weight, FakeTensor) or weight.is_meta:
         return decide(None, "its weight has no values yet (fake or meta tensor)")
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and site.mode.grad:
         return decide(None, "its weight trains (requires grad); use torch.no_grad() or freeze it")
+    if any(_share_memory(weight, inputs[i]) for i in site.written):
+        return decide(None, "the graph writes to memory that its weight is a view of, after it would have been packed")
+    if isinstance(weight, VNMTensor):
+        return decide(weight.spec, "stored compressed")
     spec, found = _pattern(site, weight, options, annotation)
     if spec is None:
         return decide(None, found)
@@ -120,6 +124,15 @@ def _decide(
         f"at T = {problem.tokens}"
     )
     return decide(spec if timing.sparse < timing.dense else None, reason, timing)
+
+
+def _share_memory(weight: Tensor, other: Any) -> bool:
+    """Whether two tensors are views of one storage; compressed weights have arrays of their own."""
+    if isinstance(weight, VNMTensor) or not isinstance(other, Tensor) or other.layout is not torch.strided:
+        return weight is other
+    if is_traceable_wrapper_subclass(other):
+        return weight is other
+    return weight.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _pattern(site: Site, weight: Tensor, options: Options, annotation: Annotation | None) -> tuple[Spec | None, str]:
@@ -142,8 +155,8 @@ def _tokens(site: Site) -> int | None:
         return None
     tokens = 1
     for size in value.shape[:-1]:
-        hint = size if isinstance(size, int) else size.node.hint
-        if hint is None:
+        known = hint(size)
+        if known is None:
             return None
-        tokens *= int(hint)
+        tokens *= int(known)
     return tokens

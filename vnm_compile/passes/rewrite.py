@@ -11,7 +11,8 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 
-from vnm_compile.passes.find import is_linear, is_transpose
+from vnm_compile.passes.forms import example, is_view, product_of
+from vnm_compile.passes.higher_order import with_graph
 from vnm_compile.passes.merge import Unit, is_activation
 from vnm_compile.passes.plan import Decision
 from vnm_compile.spec import Spec
@@ -57,12 +58,7 @@ def rewrite(gm: fx.GraphModule, units: Sequence[Unit]) -> Rewritten:
     writer = _Writer(graph, new)
     for unit, its_arrays in zip(units, arrays, strict=True):
         writer.write(unit, its_arrays)
-    graph.lint()
-    result = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
-    result.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        result._param_name_to_source = gm._param_name_to_source  # type: ignore[assignment]
-    return Rewritten(result, packed)
+    return Rewritten(with_graph(gm, graph), packed)
 
 
 def _copy(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
@@ -119,7 +115,7 @@ class _Writer:
         with self.graph.inserting_before(self.new[member.site.node]):
             y = self.linear(member, arrays, _out_features(member))
             if member.site.bias is not None:
-                y = self.call(torch.add, y, self.new[member.site.bias])
+                y = self.add_bias(member, y, self.new[member.site.bias])
         self.replace(member.site.node, y)
 
     def siblings(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
@@ -133,7 +129,7 @@ class _Writer:
                 biases = [self.new[member.site.bias] for member in unit.members if member.site.bias is not None]
                 padding = [stride - width for width, stride in zip(widths, strides, strict=True)]
                 padded = [self.pad(bias, missing) for bias, missing in zip(biases, padding, strict=True)]
-                y = self.call(torch.add, y, self.call(torch.cat, padded))
+                y = self.add_bias(first, y, self.call(torch.cat, padded))
             sections = self.call(torch.ops.vnm.sections.default, y, widths, strides)
             results = [self.call(operator.getitem, sections, i) for i in range(len(widths))]
         for member, result in zip(unit.members, results, strict=True):
@@ -154,6 +150,13 @@ class _Writer:
         spec, (_, in_features) = _spec(member), member.shape or (0, 0)
         assert member.site.x is not None
         return self.new[member.site.x], *arrays, spec.v, spec.n, spec.m, in_features, out_features
+
+    def add_bias(self, member: Decision, y: fx.Node, bias: fx.Node) -> fx.Node:
+        """`y + bias` in the dtype of the product: under autocast torch casts the bias too, where `+` would promote."""
+        result, value = example(member.site.node), example(member.site.bias)
+        if result is None or value is None or result.dtype != value.dtype:
+            bias = self.graph.call_method("type_as", (bias, y))
+        return self.call(torch.add, y, bias)
 
     def pad(self, bias: fx.Node, missing: int) -> fx.Node:
         return self.call(torch.nn.functional.pad, bias, (0, missing)) if missing else bias
@@ -176,7 +179,7 @@ class _Writer:
         above = [each for each in node.all_input_nodes if each.op != "placeholder"]
         self.graph.erase_node(node)
         for each in above:
-            if not each.users and (is_linear(each) or is_activation(each) or is_transpose(each)):
+            if not each.users and (product_of(each) or is_activation(each) or is_view(each)):
                 self.erase(each)
 
 
