@@ -26,6 +26,7 @@ from vnm_compile.contents import contents, known_storages
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
 from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, flatten, merge, plan, rewrite
+from vnm_compile.passes.regions import current_mode
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,10 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
         return dispatch.Variant(decisions, prepared.rewritten.packed if prepared.rewritten else (), call)
 
     positions = sorted({site.index for site in sites if site.reason is None and site.index is not None})
+    if current_mode().transforms:
+        # Inductor's kernels know no tangents: what is called with dual tensors runs as it is.
+        _report(decide(inputs))
+        return gm.forward
     if not positions:
         _report(_plan(sites, inputs, options))
         return finish(gm, inputs)

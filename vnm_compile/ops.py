@@ -3,20 +3,51 @@
 One opaque op is all that the passes, Inductor and eager mode agree on. Bias and activation stay outside, where
 Inductor fuses them. Codegen lowers it to sparse kernels; without codegen the reference below runs: it unpacks the
 weight and multiplies, so it equals the masked dense layer to the last bit.
+
+Every op here is linear in its activation and in `values`, so all their derivatives, of any order and in any mode, are
+the three ops `linear`, `linear_input_grad` and `linear_values_grad` again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from vnm_compile.derivatives import differentiates, register_derivatives
 from vnm_compile.format import Packed, unpack, unpack_indices
 from vnm_compile.spec import Spec
 
+_library = torch.library.Library("vnm", "DEF")
+_PACKED = "Tensor values, Tensor metadata, Tensor columns"
+_SIZES = "SymInt v, SymInt n, SymInt m, SymInt in_features, SymInt out_features"
+_library.define(f"linear(Tensor x, {_PACKED}, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"linear_input_grad(Tensor grad, {_PACKED}, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"linear_values_grad(Tensor grad, Tensor x, Tensor metadata, Tensor columns, {_SIZES}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"gated_linear(Tensor x, {_PACKED}, {_SIZES}, str activation) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    "sections(Tensor y, SymInt[] widths, SymInt[] strides) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_ops = torch.ops.vnm
 
-@torch.library.custom_op("vnm::linear", mutates_args=())
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+    "sigmoid": torch.sigmoid,
+}
+"""The activations that `vnm::gated_linear` takes, by name."""
+
+
 def linear(
     x: Tensor,
     values: Tensor,
@@ -28,7 +59,7 @@ def linear(
     in_features: int,
     out_features: int,
 ) -> Tensor:
-    """Return `x @ W.T` for a packed weight W `[out_features, in_features]`.
+    """Return `x @ W.T` for a packed weight W `[out_features, in_features]`; the op `vnm::linear`.
 
     Args:
         x: `[..., in_features]`, the dtype of `values`.
@@ -38,14 +69,18 @@ def linear(
         in_features, out_features: size of the weight; the arrays are padded up to blocks.
 
     Returns:
-        `[..., out_features]`, contiguous, the dtype of x.
+        `[..., out_features]`, contiguous, the dtype of x. Under autocast that is its dtype, to which x and values are
+        cast as those of F.linear are; a bias has to be cast to the dtype of the result before it is added.
     """
+    return _ops.linear.default(x, values, metadata, columns, v, n, m, in_features, out_features)
+
+
+def _linear(x, values, metadata, columns, v, n, m, in_features, out_features):
     weight = unpack(Packed(values, metadata, columns), Spec(v, n, m), out_features, in_features)
     return torch.nn.functional.linear(x, weight).contiguous()
 
 
-@linear.register_fake
-def _(x, values, metadata, columns, v, n, m, in_features, out_features):
+def _linear_shape(x, values, metadata, columns, v, n, m, in_features, out_features):
     torch._check(x.dim() >= 1, lambda: "vnm::linear: x needs at least one dimension")
     torch._check(
         x.shape[-1] == in_features,
@@ -58,41 +93,18 @@ def _(x, values, metadata, columns, v, n, m, in_features, out_features):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.custom_op("vnm::linear_input_grad", mutates_args=())
-def linear_input_grad(
-    grad: Tensor,
-    values: Tensor,
-    metadata: Tensor,
-    columns: Tensor,
-    v: int,
-    n: int,
-    m: int,
-    in_features: int,
-    out_features: int,
-) -> Tensor:
-    """Return `grad @ W`, the gradient of `vnm::linear` for x: `[..., out_features]` to `[..., in_features]`."""
+def _linear_input_grad(grad, values, metadata, columns, v, n, m, in_features, out_features):
+    """`grad @ W`, the gradient of `vnm::linear` for x: `[..., out_features]` to `[..., in_features]`."""
     weight = unpack(Packed(values, metadata, columns), Spec(v, n, m), out_features, in_features)
     return torch.matmul(grad, weight).contiguous()
 
 
-@linear_input_grad.register_fake
-def _(grad, values, metadata, columns, v, n, m, in_features, out_features):
+def _linear_input_grad_shape(grad, values, metadata, columns, v, n, m, in_features, out_features):
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-@torch.library.custom_op("vnm::linear_values_grad", mutates_args=())
-def linear_values_grad(
-    grad: Tensor,
-    x: Tensor,
-    metadata: Tensor,
-    columns: Tensor,
-    v: int,
-    n: int,
-    m: int,
-    in_features: int,
-    out_features: int,
-) -> Tensor:
-    """Return the gradient of `vnm::linear` for `values`: `grad.T @ x` at the kept places, `[R, G*N]`.
+def _linear_values_grad(grad, x, metadata, columns, v, n, m, in_features, out_features):
+    """The gradient of `vnm::linear` for `values`: `grad.T @ x` at the kept places, `[R, G*N]`.
 
     Padding (rows past `out_features`, columns past `in_features`) gets zero.
     """
@@ -106,42 +118,11 @@ def linear_values_grad(
     return dense.view(*per_block[:3], m).gather(3, offsets).reshape(rows, groups * n)
 
 
-@linear_values_grad.register_fake
-def _(grad, x, metadata, columns, v, n, m, in_features, out_features):
+def _linear_values_grad_shape(grad, x, metadata, columns, v, n, m, in_features, out_features):
     spec = Spec(v, n, m)
     return x.new_empty((spec.rows(out_features), spec.groups(in_features) * n))
 
 
-def _setup_context(ctx, inputs, output):
-    x, values, metadata, columns, *sizes = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, metadata, columns)
-    ctx.sizes = sizes
-
-
-def _backward(ctx, grad):
-    x, values, metadata, columns = ctx.saved_tensors
-    grad_x = grad_values = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.vnm.linear_input_grad(grad, values, metadata, columns, *ctx.sizes)
-    if ctx.needs_input_grad[1]:
-        grad_values = torch.ops.vnm.linear_values_grad(grad, x, metadata, columns, *ctx.sizes)
-    return grad_x, grad_values, *[None] * 7
-
-
-linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-    "sigmoid": torch.sigmoid,
-}
-"""The activations that `vnm::gated_linear` takes, by name."""
-
-
-@torch.library.custom_op("vnm::gated_linear", mutates_args=())
 def gated_linear(
     x: Tensor,
     values: Tensor,
@@ -167,20 +148,23 @@ def gated_linear(
     Returns:
         `[..., out_features]`, contiguous, the dtype of x.
     """
+    sizes = (v, n, m, in_features, out_features)
+    return _ops.gated_linear.default(x, values, metadata, columns, *sizes, activation)
+
+
+def _gated_linear(x, values, metadata, columns, v, n, m, in_features, out_features, activation):
     rows = values.shape[0] // 2
     sizes = (v, n, m, in_features, out_features)
-    gate = linear(x, values[:rows], metadata[:rows], columns[: rows // v], *sizes)
-    up = linear(x, values[rows:], metadata[rows:], columns[rows // v :], *sizes)
+    gate = _ops.linear.default(x, values[:rows], metadata[:rows], columns[: rows // v], *sizes)
+    up = _ops.linear.default(x, values[rows:], metadata[rows:], columns[rows // v :], *sizes)
     return GATES[activation](gate) * up
 
 
-@gated_linear.register_fake
-def _(x, values, metadata, columns, v, n, m, in_features, out_features, activation):
+def _gated_linear_shape(x, values, metadata, columns, v, n, m, in_features, out_features, activation):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.custom_op("vnm::sections", mutates_args=())
-def sections(y: Tensor, widths: list[int], strides: list[int]) -> list[Tensor]:
+def sections(y: Tensor, widths: Sequence[int], strides: Sequence[int]) -> list[Tensor]:
     """Cut the output of joined linears into theirs.
 
     Args:
@@ -191,28 +175,144 @@ def sections(y: Tensor, widths: list[int], strides: list[int]) -> list[Tensor]:
     Returns:
         One `[..., width]` a section, contiguous as far as anyone can see (compiled, they are views of y).
     """
+    return _ops.sections.default(y, widths, strides)
+
+
+def _sections(y, widths, strides):
     pieces = y.split(strides, -1)
-    return [piece[..., :width].clone() for piece, width in zip(pieces, widths, strict=True)]
+    return [
+        piece[..., :width].clone(memory_format=torch.contiguous_format)
+        for piece, width in zip(pieces, widths, strict=True)
+    ]
 
 
-@sections.register_fake
-def _(y, widths, strides):
+def _sections_shape(y, widths, strides):
     return [y.new_empty((*y.shape[:-1], width)) for width in widths]
 
 
-def _sections_context(ctx, inputs, output):
-    _, ctx.widths, ctx.strides = inputs
+for _name, _reference, _shape in (
+    ("linear", _linear, _linear_shape),
+    ("linear_input_grad", _linear_input_grad, _linear_input_grad_shape),
+    ("linear_values_grad", _linear_values_grad, _linear_values_grad_shape),
+    ("gated_linear", _gated_linear, _gated_linear_shape),
+    ("sections", _sections, _sections_shape),
+):
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vnm::{_name}", _shape, lib=_library)
 
 
-def _sections_backward(ctx, grads):
+# Derivatives. A tangent or gradient that does not exist is None.
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    given = [term for term in terms if term is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+def _with(op: Any, tangent: Tensor | None, position: int, args: Sequence[Any]) -> Tensor | None:
+    """The op with one of its arguments replaced, or None if that is by nothing."""
+    return None if tangent is None else op.default(*args[:position], tangent, *args[position + 1 :])
+
+
+def _register_bilinear(op: Any, grads: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Derivatives of an op that is linear in each of its first two arguments, whose gradients `grads` returns."""
+
+    def backward(ctx, grad):
+        _, first, second, *rest = ctx.needs_input_grad
+        return *grads(grad, *ctx.args, first, second), *[None] * len(rest)
+
+    def forward_mode(ctx, one, other, *_):
+        return _sum(_with(op, one, 0, ctx.args), _with(op, other, 1, ctx.args))
+
+    def needed(ctx, i):
+        return i > 0 or ctx.needs_input_grad[2]  # an activation is not kept for its own gradient
+
+    register_derivatives(_library, op.default, backward, forward_mode, needed)
+
+
+def _linear_grads(grad, x, values, metadata, columns, *rest):
+    *sizes, first, second = rest
+    return (
+        _ops.linear_input_grad.default(grad, values, metadata, columns, *sizes) if first else None,
+        _ops.linear_values_grad.default(grad, x, metadata, columns, *sizes) if second else None,
+    )
+
+
+def _linear_input_grad_grads(grad, given, values, metadata, columns, *rest):
+    *sizes, first, second = rest
+    return (
+        _ops.linear.default(grad, values, metadata, columns, *sizes) if first else None,
+        _ops.linear_values_grad.default(given, grad, metadata, columns, *sizes) if second else None,
+    )
+
+
+def _linear_values_grad_grads(grad, given, x, metadata, columns, *rest):
+    *sizes, first, second = rest
+    return (
+        _ops.linear.default(x, grad, metadata, columns, *sizes) if first else None,
+        _ops.linear_input_grad.default(given, grad, metadata, columns, *sizes) if second else None,
+    )
+
+
+def _sections_backward(ctx, *grads):
+    _, widths, strides = ctx.args
     padded = [
         torch.nn.functional.pad(grad, (0, stride - width)) if stride > width else grad
-        for grad, width, stride in zip(grads, ctx.widths, ctx.strides, strict=True)
+        for grad, width, stride in zip(grads, widths, strides, strict=True)
     ]
     return torch.cat(padded, -1), None, None
 
 
-sections.register_autograd(_sections_backward, setup_context=_sections_context)
+def _differentiable_gated_linear(*args):
+    """A gated pair whose derivative is asked for is computed as its parts, which have one."""
+    if differentiates(args):
+        return _gated_linear(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.gated_linear.default(*args)
+
+
+_register_bilinear(_ops.linear, _linear_grads)
+_register_bilinear(_ops.linear_input_grad, _linear_input_grad_grads)
+_register_bilinear(_ops.linear_values_grad, _linear_values_grad_grads)
+register_derivatives(
+    _library,
+    _ops.sections.default,
+    _sections_backward,
+    lambda ctx, tangent, *_: _ops.sections.default(tangent, *ctx.args[1:]),
+)
+_library.impl("gated_linear", _differentiable_gated_linear, "Autograd")
+
+
+# vmap: over activations it is one more leading dimension; over weights, a loop.
+
+
+def _register_vmap(op: Any, leading: int) -> None:
+    """`leading`: how many of the first arguments may have any number of leading dimensions, the batch among them."""
+
+    def vmap(info, in_dims, *args):
+        batched = [i for i, dim in enumerate(in_dims) if dim is not None]
+        moved = [arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)]
+        if all(i < leading for i in batched):
+            result = op.default(*moved)
+        else:
+            each = [[a[j] if i in batched else a for i, a in enumerate(moved)] for j in range(info.batch_size)]
+            result = torch.stack([op.default(*row) for row in each])
+        return result, [0] * len(result) if isinstance(result, list) else 0
+
+    torch.library.register_vmap(op.default, vmap, lib=_library)
+
+
+for _op, _leading in (
+    (_ops.linear, 1),
+    (_ops.linear_input_grad, 1),
+    (_ops.linear_values_grad, 0),
+    (_ops.gated_linear, 1),
+    (_ops.sections, 1),
+):
+    _register_vmap(_op, _leading)
+
+
+# Autocast
 
 
 def _autocast(device: str) -> None:
@@ -227,14 +327,36 @@ def _autocast(device: str) -> None:
 
         _library.impl(op, cast, f"Autocast{device.upper()}")
 
-    register(torch.ops.vnm.linear.default)
-    register(torch.ops.vnm.gated_linear.default)
+    register(_ops.linear.default)
+    register(_ops.gated_linear.default)
 
 
 def _is_castable(arg: object) -> bool:
     return isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
 
 
-_library = torch.library.Library("vnm", "IMPL")
 for _device in ("cpu", "cuda"):
     _autocast(_device)
+
+
+# FLOPs, as torch.utils.flop_counter counts them: two for a multiplication and an addition. Counted are those with kept
+# values, 2 T O K N/M for a linear: what the layer asks for, whatever a kernel makes of it.
+
+
+def _tokens(shape: Sequence[int]) -> int:
+    return torch.Size(shape[:-1]).numel()
+
+
+@register_flop_formula([_ops.linear, _ops.linear_input_grad])
+def _linear_flops(x_shape, values_shape, metadata_shape, columns_shape, v, n, m, in_features, out_features, **_):
+    return 2 * _tokens(x_shape) * out_features * values_shape[1]
+
+
+@register_flop_formula(_ops.linear_values_grad)
+def _values_grad_flops(grad_shape, x_shape, metadata_shape, columns_shape, v, n, m, in_features, out_features, **_):
+    return 2 * _tokens(x_shape) * out_features * Spec(v, n, m).groups(in_features) * n
+
+
+@register_flop_formula(_ops.gated_linear)
+def _gated_flops(x_shape, values_shape, *arguments, **_):
+    return 2 * _linear_flops(x_shape, values_shape, *arguments[:-1])
