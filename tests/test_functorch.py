@@ -110,7 +110,6 @@ INSIDE = {
     "grad": lambda layer, x: grad(cubes(layer))(x),
     "jvp": lambda layer, x: jvp(layer, (x,), (x,))[1],
     "jacrev": lambda layer, x: jacrev(layer)(x),
-    "dual": lambda layer, x: layer(x),
 }
 
 
@@ -122,7 +121,7 @@ def test_transforms_inside_of_the_compiled_function():
         return [each(model.a, x) for each in INSIDE.values()], model.b(x)
 
     units, reasons = check(function, torch.randn(4, 32), tolerance=1e-4)
-    assert ("single", "b") in units
+    assert units == [("single", "b")]
     assert any("torch.func" in reason for reason in reasons)
     x = torch.randn(4, 32)
     compiled = torch.compile(function, backend="vnm", options={"vnm.policy": "memory"})

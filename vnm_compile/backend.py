@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from vnm_compile import dispatch
 from vnm_compile.annotate import annotations_by_weight
@@ -26,7 +27,6 @@ from vnm_compile.contents import contents, known_storages
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
 from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, flatten, merge, plan, rewrite
-from vnm_compile.passes.regions import current_mode
 
 log = logging.getLogger(__name__)
 
@@ -117,21 +117,26 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
         return dispatch.Variant(decisions, prepared.rewritten.packed if prepared.rewritten else (), call)
 
     positions = sorted({site.index for site in sites if site.reason is None and site.index is not None})
-    if current_mode().transforms:
-        # Inductor's kernels know no tangents: what is called with dual tensors runs as it is.
-        _report(decide(inputs))
-        return gm.forward
     if not positions:
         _report(_plan(sites, inputs, options))
         return finish(gm, inputs)
     dispatcher = dispatch.Dispatcher(positions, decide, build)
     if any(isinstance(inputs[i], FakeTensor) for i in positions):
         log.info("the weights of this graph have no values yet; it is compiled at its first call")
-        return dispatcher
+        return _with_tangents(gm, dispatcher)
     # Whatever was known of the weights, and however they were written to since: a fresh compilation looks at them anew.
     contents.suspect(known_storages(inputs[i] for i in positions))
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
-    return dispatcher
+    return _with_tangents(gm, dispatcher)
+
+
+def _with_tangents(gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled graph, but the graph itself where forward-mode AD is under way: kernels drop tangents silently."""
+
+    def run(*args: Any) -> Any:
+        return compiled(*args) if forward_ad._current_level < 0 else gm(*args)
+
+    return run
 
 
 def refresh(model: nn.Module) -> None:

@@ -290,8 +290,8 @@ def _register_vmap(op: Any, leading: int) -> None:
     """`leading`: how many of the first arguments may have any number of leading dimensions, the batch among them."""
 
     def vmap(info, in_dims, *args):
-        batched = [i for i, dim in enumerate(in_dims) if dim is not None]
-        moved = [arg if dim is None else arg.movedim(dim, 0) for arg, dim in zip(args, in_dims, strict=True)]
+        batched = [i for i, dim in enumerate(in_dims) if isinstance(dim, int)]
+        moved = [arg.movedim(dim, 0) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)]
         if all(i < leading for i in batched):
             result = op.default(*moved)
         else:

@@ -63,6 +63,5 @@ def modes(graph: fx.Graph, start: Mode | None = None) -> dict[fx.Node, Mode]:
 def current_mode() -> Mode:
     """The mode of the caller."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
-    dual = torch.autograd.forward_ad._current_level + 1
     autocast = frozenset(device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
-    return Mode(torch.is_grad_enabled(), len(stack) + dual, autocast)
+    return Mode(torch.is_grad_enabled(), len(stack), autocast)
