@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -355,11 +357,10 @@ def run(program: Program) -> Outcome:
 
 def replay(script: Mapping[str, Any]) -> Outcome:
     """Run the case that a script's globals describe, print what comes of it, and return it."""
-    import inspect
-
-    source = inspect.getsource(script["Model"]) if "SOURCE" not in script else script["SOURCE"]
+    text = Path(script["__file__"]).read_text()
+    model = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
     weights = [Weight(**weight) for weight in script["WEIGHTS"]]
-    outcome = judge(source, weights, settings_from(script["SETTINGS"]))
+    outcome = judge(ast.get_source_segment(text, model) or "", weights, settings_from(script["SETTINGS"]))
     print(f"{outcome.status} (call {outcome.call}); graphs {outcome.graphs}, units {outcome.units}")
     for each in outcome.differences:
         print(f"  {each}")

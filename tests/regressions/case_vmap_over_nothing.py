@@ -1,0 +1,41 @@
+# RuntimeError: Batching rule not implemented for vnm::linear. The fallback path does not support vmap over dims of size 0.
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w0_0 = nn.Linear(24, 24, bias=True)
+
+    def forward(self, x, flag=True):
+        h, e, outs = x * 1, x, []
+        # transforms
+        h = torch.vmap(lambda t: self.w0_0(t), in_dims=1, out_dims=1)(h)
+        return [h, *outs]
+
+WEIGHTS = [{'name': 'w0_0', 'form': 'linear', 'out_features': 24, 'in_features': 24, 'bias': 'row', 'spec': '8:2:8'}]
+SETTINGS = {'seed': 0,
+ 'width': 24,
+ 'dtype': 'float32',
+ 'mode': 'no_grad',
+ 'autocast': 'none',
+ 'dynamic': True,
+ 'storage': 'dense',
+ 'annotated': False,
+ 'merge': True,
+ 'through': 'fx',
+ 'frozen': True,
+ 'flat': False,
+ 'input': 'contiguous',
+ 'calls': ((2, 5), (2, 0)),
+ 'writes': ()}
+KINDS = ['transforms']
+
+if __name__ == "__main__":
+    from tests.fuzz.run import replay
+
+    replay(globals())
