@@ -62,4 +62,40 @@ MUTANTS: tuple[Mutant, ...] = (
         "return True",
         "vnm_compile/weights.py",
     ),
+    Mutant(
+        "joining moves a linear past a write",
+        ((_PASSES + "merge.py", "effects.writer_between(node, place, *filter(None, read)) is not None", "False"),),
+        only=("siblings_written", "gated_written"),
+    ),
+    Mutant(
+        "joining moves a linear out of its region",
+        ((_PASSES + "merge.py", "not effects.together(node, place)", "False"),),
+        only=("regions", "gated_regions"),
+    ),
+    Mutant(
+        "a region's gradient mode is not followed",
+        ((_PASSES + "regions.py", "mode = replace(mode, grad=bool(node.args[0]))", "pass"),),
+        only=("nested_grad", "regions"),
+    ),
+    Mutant(
+        "transforms of torch.func are not noticed",
+        ((_PASSES + "find.py", "        if self.mode[node].transforms:", "        if False:"),),
+        only=("transforms",),
+    ),
+    Mutant(
+        "weights that the graph writes to are packed before",
+        ((_PASSES + "find.py", "        writer = self.effects.writer_of(weight)\n", "        writer = None\n"),),
+        only=("weight_written",),
+    ),
+    Mutant(
+        "biases of any shape are joined",
+        (
+            (
+                _PASSES + "merge.py",
+                "    bias = decision.site.bias\n    if bias is None:",
+                "    bias = None\n    if bias is None:",
+            ),
+        ),
+        only=("siblings", "attention"),
+    ),
 )
