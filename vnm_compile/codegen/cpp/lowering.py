@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 
 from vnm_compile.codegen.cpp.template import SparseLinearTemplate
-from vnm_compile.codegen.inductor import choose, contiguous_matrix, cpu_threads, matrix_layout, reshape
+from vnm_compile.codegen.inductor import choose, cpu_threads, matrix_layout, readable, reshape
 from vnm_compile.spec import Spec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,8 +43,7 @@ def _lower(
     if x.get_dtype() not in _DTYPES or arrays[0].get_dtype() != x.get_dtype():
         return None
     *leading, _ = x.get_size()
-    matrix = contiguous_matrix(x)
-    inputs = [matrix, *(contiguous_matrix(array, flatten=False) for array in arrays)]
-    layout = matrix_layout(matrix, out_features)
+    inputs = readable([reshape(x, [prod(leading), in_features]), *arrays])
+    layout = matrix_layout(inputs[0], out_features)
     template = SparseLinearTemplate(inputs, layout, spec, in_features, out_features, cpu_threads(), activation)
     return reshape(choose(template, inputs, layout), [*leading, out_features])

@@ -13,14 +13,15 @@ from unittest.mock import patch
 import torch
 
 from vnm_compile.codegen.inductor import (
-    CppTemplate,
     CppTemplateKernel,
+    FusingTemplate,
     V,
     export_declaration,
     fake_buffer,
     local_buffer,
+    reindexer,
     store_copy,
-    view_epilogue_in_2d,
+    view_in_2d,
 )
 from vnm_compile.spec import Spec
 
@@ -53,7 +54,7 @@ def _arithmetic() -> str:
     return re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
 
 
-class SparseLinearTemplate(CppTemplate):
+class SparseLinearTemplate(FusingTemplate):
     """One C++ kernel for a sparse linear, or for a gated pair of them, with whatever Inductor fuses after it."""
 
     def __init__(
@@ -98,7 +99,8 @@ class SparseLinearTemplate(CppTemplate):
                     aliases.add(result.get_name())
                 epilogues += epilogue_nodes
                 target = epilogues[-1]
-                target_2d, reindexers = view_epilogue_in_2d(target, result, epilogue_nodes, reindexers)
+                target_2d = view_in_2d(target, result)
+                reindexers += [reindexer(node, result) for node in epilogue_nodes]
             x, values, metadata, columns = self.input_nodes
             return self._template_from_string(_source("linear.cpp.jinja")).render(
                 template=self,

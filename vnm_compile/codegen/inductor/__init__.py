@@ -7,16 +7,15 @@ lowerings of the `vnm` ops, and hands on to the templates the private classes th
 from vnm_compile.codegen.inductor.cache_key import cache_dir, source_hash
 from vnm_compile.codegen.inductor.compile import compile_graph, mode_options
 from vnm_compile.codegen.inductor.cpp import (
-    CppTemplate,
     CppTemplateKernel,
     cpu_threads,
     export_declaration,
     fake_buffer,
     local_buffer,
     store_copy,
-    view_epilogue_in_2d,
 )
 from vnm_compile.codegen.inductor.device import device_patches, forget_device_answers, template_name, watch_codegen
+from vnm_compile.codegen.inductor.epilogue import FusingTemplate, reindexer, view_in_2d
 from vnm_compile.codegen.inductor.native import load_cpp
 from vnm_compile.codegen.inductor.nodes import (
     TritonTemplate,
@@ -24,11 +23,11 @@ from vnm_compile.codegen.inductor.nodes import (
     apply,
     choose,
     choose_fastest,
-    contiguous_matrix,
     copy_strided,
     ir,
     layout_of,
     matrix_layout,
+    readable,
     realized,
     reshape,
     round_up,
@@ -38,8 +37,8 @@ from vnm_compile.codegen.inductor.nodes import (
 from vnm_compile.codegen.inductor.registry import has_lowering
 
 __all__ = [
-    "CppTemplate",
     "CppTemplateKernel",
+    "FusingTemplate",
     "TritonTemplate",
     "V",
     "apply",
@@ -47,7 +46,6 @@ __all__ = [
     "choose",
     "choose_fastest",
     "compile_graph",
-    "contiguous_matrix",
     "copy_strided",
     "cpu_threads",
     "device_patches",
@@ -61,7 +59,9 @@ __all__ = [
     "local_buffer",
     "matrix_layout",
     "mode_options",
+    "readable",
     "realized",
+    "reindexer",
     "reshape",
     "round_up",
     "size_hint",
@@ -69,6 +69,6 @@ __all__ = [
     "store_copy",
     "template_name",
     "tunes_exhaustively",
-    "view_epilogue_in_2d",
+    "view_in_2d",
     "watch_codegen",
 ]

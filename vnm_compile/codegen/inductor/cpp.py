@@ -7,21 +7,18 @@ from typing import Any
 import torch
 import torch._inductor.lowering  # first: the template modules import each other through it
 from torch._inductor import ir
-from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf, get_export_declaration
-from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_gemm_template import get_export_declaration
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel, parse_expr_with_index_symbols
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import ops as inner_ops
 
 __all__ = [
-    "CppTemplate",
     "CppTemplateKernel",
     "cpu_threads",
     "export_declaration",
     "fake_buffer",
     "local_buffer",
     "store_copy",
-    "view_epilogue_in_2d",
 ]
 
 
@@ -57,8 +54,3 @@ def store_copy(name: str, source: Any) -> Any:
         ranges=source.get_size(),
     )
     return ir.ComputedBuffer(name=name, layout=source.layout, data=data)
-
-
-def view_epilogue_in_2d(target: Any, result: Any, nodes: list[Any], reindexers: list[Any]) -> tuple[Any, list[Any]]:
-    """The last of `nodes` seen as the 2-D result of the template, and how each node's indices follow from 2-D ones."""
-    return gen_2d_view_of_epilogue_buf(target, result, nodes, reindexers, default_reindexers=[None] * len(nodes))

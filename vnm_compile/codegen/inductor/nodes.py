@@ -21,11 +21,12 @@ __all__ = [
     "apply",
     "choose",
     "choose_fastest",
-    "contiguous_matrix",
     "copy_strided",
     "ir",
+    "known_equal",
     "layout_of",
     "matrix_layout",
+    "readable",
     "realized",
     "reshape",
     "round_up",
@@ -34,12 +35,30 @@ __all__ = [
 ]
 
 
-def contiguous_matrix(node: Any, flatten: bool = True) -> Any:
-    """A realised, contiguous buffer; with leading dimensions flattened into one where asked for."""
-    if flatten:
-        *leading, last = node.get_size()
-        node = reshape(node, [sympy.prod(leading), last])
-    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+def readable(nodes: Sequence[Any]) -> list[Any]:
+    """Each node as a buffer, or a view of one, that a kernel may read through a pointer to its first element.
+
+    The first is a matrix: its rows are dense, and as far apart as its stride says. The others are contiguous. What lies
+    otherwise is copied, and so is a view in another dtype, and the second view of one buffer: a kernel knows its inputs
+    by the names of their buffers. A view may start anywhere in its buffer.
+    """
+    results: list[Any] = []
+    for node in nodes:
+        node = ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(node))
+        size, stride = node.get_size(), node.get_stride()
+        dims = range(len(size) if results else 1, 0, -1)
+        expected = ir.FlexibleLayout.contiguous_strides(size)
+        dense = all(known_equal(size[-i], 1) or known_equal(stride[-i], expected[-i]) for i in dims)
+        taken = any(node.get_name() == other.get_name() for other in results)
+        if not dense or taken or V.graph.get_dtype(node.get_name()) != node.get_dtype():
+            node = ir.ExternKernel.require_contiguous(ir.ExternKernel.copy_input(node))
+        results.append(node)
+    return results
+
+
+def known_equal(one: Any, other: Any) -> bool:
+    """Whether two sizes or strides are equal whatever the symbols in them stand for; never adds a guard."""
+    return V.graph.sizevars.statically_known_equals(one, other)
 
 
 def matrix_layout(matrix: Any, columns: int) -> Any:

@@ -13,6 +13,7 @@ from torch._inductor import lowering
 from torch._inductor.virtualized import V
 
 from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered below)
+from vnm_compile.codegen.inductor import sections  # noqa: F401  (registers its lowering)
 from vnm_compile.codegen.inductor.cache_key import CacheKey
 
 
@@ -55,11 +56,3 @@ def _device_lowering(device: str, name: str) -> Callable[..., Any] | None:
 
 _register(torch.ops.vnm.linear.default, "linear")
 _register(torch.ops.vnm.gated_linear.default, "gated_linear")
-
-
-@lowering.register_lowering(torch.ops.vnm.sections.default, type_promotion_kind=None)
-def _lower_sections(y, widths, strides):  # type: ignore[no-untyped-def]
-    """Views of the joined output: the kernel that made it has written every section in place."""
-    cut, last = lowering.lowerings[torch.ops.aten.slice.Tensor], len(y.get_size()) - 1
-    starts = [sum(strides[:i]) for i in range(len(strides))]
-    return [cut(y, last, start, start + width) for start, width in zip(starts, widths, strict=True)]
