@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -20,6 +18,7 @@ from vnm_compile.annotate import (
 )
 from vnm_compile.errors import VNMError
 from vnm_compile.format import matches
+from vnm_compile.memory import return_freed_memory
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 from vnm_compile.weights import detected_spec
@@ -58,7 +57,7 @@ def compress_model(
             packed = weight.t() if layer.transposed else weight
         layer.module.weight = nn.Parameter(packed, requires_grad=False)
         set_annotation(layer.module, layer_spec, layer.name)
-    _return_freed_memory()
+    return_freed_memory()
     return [layer.name for layer, _ in chosen]
 
 
@@ -98,10 +97,3 @@ def _patterns(
         if found is not None:
             chosen.append((layer, found))
     return chosen
-
-
-def _return_freed_memory() -> None:
-    """Give the dense weights' memory back to the system: glibc keeps freed blocks of up to 32 MiB for itself."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

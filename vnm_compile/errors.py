@@ -10,6 +10,13 @@ class VNMError(ValueError):
     """
 
 
+class UnknownName(VNMError, KeyError):
+    """A report was asked for a name that it does not have. Also a KeyError, as a mapping raises it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would show the repr
+
+
 def at_layer(layer: str | None, message: str) -> VNMError:
     """Return a `VNMError` whose message starts with the layer it is about, if there is one."""
     return VNMError(f"{layer}: {message}" if layer else message)

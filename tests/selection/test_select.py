@@ -120,3 +120,18 @@ def test_mistakes():
         vnm.select_spec(nn.Sequential(nn.ReLU()))
     with pytest.raises(vnm.VNMError, match="must be positive"):
         vnm.select_spec(model(), 2.0, seconds=lambda *_: 0.0)
+
+    with pytest.raises(vnm.VNMError, match="must be positive"):
+        vnm.select_spec(model(), 2.0, seconds=lambda *_: "fast")
+    with pytest.raises(vnm.VNMError, match="a loss has to be a finite number"):
+        vnm.select_spec(
+            model(), 3.0, CANDIDATES, seconds=by_density, calibration=torch.randn(8, 64), loss=lambda *_: float("nan"),
+            progress=False,
+        )  # fmt: skip
+    for data in ("text", [torch.randn(8, 63)]):
+        with pytest.raises(vnm.VNMError, match="calibration"):
+            vnm.select_spec(model(), 3.0, CANDIDATES, seconds=by_density, calibration=data, progress=False)
+    quantised = model()
+    quantised[0].weight = nn.Parameter(torch.zeros(128, 64, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(vnm.VNMError, match=r"^0: its weight is torch.int8"):
+        vnm.select_spec(quantised, 2.0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
-    """Run the command line; what `vnm-compile` and `python -m vnm_compile.cli` start."""
+    """Run the command line, offline; what `vnm-compile` and `python -m vnm_compile.cli` start."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # read when transformers is imported
     try:
         from vnm_compile.cli.app import app
     except ModuleNotFoundError as missing:

@@ -7,31 +7,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
 from vnm_compile.cli.explain import explain
 from vnm_compile.cli.prune import prune
 from vnm_compile.errors import VNMError
+from vnm_compile.names import printable
 
 
 class Commands(TyperGroup):
-    """A group of commands that shows a `VNMError` as one message, without a traceback, and exits with 1."""
+    """A group of commands that shows an error as one sentence on stderr, without a traceback, and exits with 1.
+
+    Shown so are a `VNMError`, and what the machine says of files and memory.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
-        except VNMError as error:
-            Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+        except (VNMError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            said = str(error).strip() or type(error).__name__
+            shown = Text.assemble(("error:", "bold red"), " ", printable(" ".join(said.split())))
+            Console(stderr=True, highlight=False).print(shown, soft_wrap=True)
             raise typer.Exit(1) from error
-
-
-def _escaped(error: VNMError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
 
 
 app = typer.Typer(

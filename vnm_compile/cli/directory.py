@@ -1,11 +1,12 @@
-"""Model directories as transformers writes them: load one, and write one beside what else it holds."""
+"""Model directories as transformers writes them: looked at first, then loaded. Nothing of them is run or unpickled."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping
+import os
+import pickle
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from vnm_compile.errors import VNMError
 
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*",
@@ -22,88 +23,183 @@ _WEIGHT_FILES = (
     "*.gguf",
     "*.onnx",
 )
-_REWRITTEN = ("config.json", "generation_config.json")
-_NOT_COPIED = ("onnx", "openvino", ".git")  # folders that hold the dense weights once more
+NOT_COPIED = ("onnx", "openvino", ".git")  # folders that hold the dense weights once more
+_NAMES_SHOWN = 3
 
 
 def load_model(directory: Path) -> nn.Module:
     """Load the model that `config.json` names, in the dtype it is stored in and in eval mode.
 
     Raises:
-        VNMError: there is no such directory or config, or transformers has no class of that name.
+        VNMError: there is no such directory or config, it holds links that lead out of it, transformers has no class
+            of that name, or the files do not hold exactly the model's weights.
     """
+    check_directory(directory)
+    kind = _model_class(directory, read_json(directory / "config.json"))
+    _check_indices(directory)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file is no news to the user
-    if not (directory / "config.json").is_file():
-        raise VNMError(f"{directory} holds no config.json; give the directory of a Hugging Face model.")
-    config = json.loads((directory / "config.json").read_text())
-    if config.get("auto_map"):
-        raise VNMError(f"{directory}: the model brings code of its own, which is not run; prune it with vnm.sparsify.")
-    architectures = config.get("architectures") or ["AutoModel"]
-    kind = getattr(transformers, architectures[0], None)
-    if kind is None:
-        version = transformers.__version__
-        raise VNMError(f"{directory}: transformers {version} has no class {architectures[0]}; update transformers.")
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # what its table of keys says is said by us, as an error
     try:
-        model: nn.Module = kind.from_pretrained(directory, dtype="auto", local_files_only=True)
-    except OSError as error:
-        raise VNMError(f"{directory}: its weights cannot be loaded: {error}") from error
-    return model.eval()
+        model, info = kind.from_pretrained(
+            directory,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # so that they are named, below
+            output_loading_info=True,
+        )
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise VNMError(f"{directory}: its weights hold more than tensors, and are not unpickled.") from error
+    except Exception as error:  # anything may come of a damaged file; the class's name says what did
+        raise VNMError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    _check_complete(directory, info)
+    loaded: nn.Module = model
+    return loaded.eval()
 
 
 def load_tokenizer(directory: Path) -> Any:
     """Load the tokenizer of a model directory.
 
     Raises:
-        VNMError: it has none.
+        VNMError: it has none, or one that brings code of its own.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # as with models
         raise VNMError(
-            f"{directory} holds no tokenizer that can be loaded ({error}), so text cannot be its calibration data; "
-            "give a .safetensors file of model inputs."
+            f"{directory} holds no tokenizer that can be loaded ({_first_line(error)}), so text cannot be its "
+            "calibration data; give a .safetensors file of model inputs."
         ) from error
 
 
-def check_output(out: Path, source: Path, force: bool) -> None:
-    """Refuse to write to `out` where that would lose something.
+def check_directory(directory: Path) -> None:
+    """Refuse what is no model directory, and what would be read from elsewhere by links in it.
 
     Raises:
-        VNMError: it is the source itself, a file, or, without `force`, a directory that is not empty.
+        VNMError: it is missing or a file, holds no config.json, a link out of it, or a file that is none (a pipe).
     """
-    if out.resolve() == source.resolve():
-        raise VNMError(f"{out} is the model itself; write to another directory.")
-    if out.exists() and not out.is_dir():
-        raise VNMError(f"{out} is a file; give a directory.")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise VNMError(f"{out} is not empty; choose another directory, or replace the model in it with --force.")
+    if not directory.exists():
+        hint = "; models are not downloaded: get it first (hf download), then give its directory"
+        raise VNMError(f"{directory} is no directory on this machine{hint}.")
+    if not directory.is_dir():
+        raise VNMError(f"{directory} is a file; give the directory of a Hugging Face model.")
+    if not (directory / "config.json").is_file():
+        raise VNMError(f"{directory} holds no config.json; give the directory of a Hugging Face model.")
+    if (directory / "adapter_config.json").exists():
+        raise VNMError(f"{directory} holds an adapter; merge it into its model first (peft's merge_and_unload).")
+    root = _root(directory)
+    for path in files_below(directory):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise VNMError(
+                f"{path} is a link to {path.resolve()}, out of the model's directory, and is not followed; "
+                "put a copy of what it leads to in its place."
+            )
+        if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+            raise VNMError(f"{path} is no file that can be read (a broken link, a pipe, a device); remove it.")
 
 
-def write_model(model: nn.Module, source: Path, out: Path, reports: Mapping[str, Any]) -> None:
-    """Write the model to `out`, with copies of everything in `source` but its weights, and JSON files.
+def files_below(directory: Path) -> Iterator[Path]:
+    """Everything in a directory that is no plain folder; folders that are not copied are left out."""
+    for folder, folders, files in os.walk(directory):
+        folders[:] = sorted(name for name in folders if name not in NOT_COPIED)
+        yield from (Path(folder, name) for name in (*folders, *sorted(files)) if Path(folder, name).is_symlink())
+        yield from (Path(folder, name) for name in sorted(files) if not Path(folder, name).is_symlink())
 
-    All is written to a directory beside `out` first, so that an interrupted run leaves no half of a model. Files of
-    an earlier model in `out` that are not part of this one's are kept, weights excepted.
 
-    Args:
-        reports: by file name, what to store as JSON.
+def _root(directory: Path) -> Path:
+    """What links may lead to: the directory, and of a snapshot in the Hugging Face cache its repository's files."""
+    real = directory.resolve()
+    in_cache = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
+    return real.parent.parent if in_cache else real
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        VNMError: it cannot be read, is no UTF-8 or no JSON, or holds something else.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as written:
-        new = Path(written) / "model"
-        ignored = shutil.ignore_patterns(*_WEIGHT_FILES, *_REWRITTEN, *_NOT_COPIED)
-        shutil.copytree(source, new, ignore=ignored)
-        model.save_pretrained(new)  # type: ignore[operator]
-        for name, content in reports.items():
-            (new / name).write_text(json.dumps(content, indent=1) + "\n")
-        # Packages install read-only files, and safetensors writes private ones: neither is meant for the output.
-        for path in new.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        out.mkdir(exist_ok=True)
-        for stale in (path for pattern in _WEIGHT_FILES for path in out.glob(pattern)):
-            stale.unlink()
-        shutil.copytree(new, out, dirs_exist_ok=True)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise VNMError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise VNMError(f"{path} holds a {type(found).__name__}; expected a JSON object.")
+    return found
+
+
+def _model_class(directory: Path, config: dict[str, Any]) -> Any:
+    import transformers
+
+    if _brings_code(config):
+        raise VNMError(f"{directory}: the model brings code of its own, which is not run; prune it with vnm.sparsify.")
+    names = config.get("architectures")
+    if names is None or names == []:
+        return transformers.AutoModel
+    name = names[0] if isinstance(names, list) else None
+    if not isinstance(name, str):
+        raise VNMError(f"{directory}: architectures in config.json is {names!r}; expected a list of names of classes.")
+    try:
+        kind = getattr(transformers, name, None) if name.isidentifier() else None
+    except Exception as error:  # the class needs a package that is not there
+        raise VNMError(f"{directory}: {name} cannot be imported: {_first_line(error)}") from error
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        version = transformers.__version__
+        raise VNMError(f"{directory}: transformers {version} has no class {name} of models; update transformers.")
+    return kind
+
+
+def _brings_code(config: Any) -> bool:
+    """Whether a config, or one inside it, names code in the directory."""
+    if isinstance(config, dict):
+        return bool(config.get("auto_map")) or any(map(_brings_code, config.values()))
+    return isinstance(config, list) and any(map(_brings_code, config))
+
+
+def _check_indices(directory: Path) -> None:
+    """The files that an index of weights names must lie in the directory."""
+    for index in sorted(directory.glob("*.index.json")):
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise VNMError(f"{index} has no weight_map; expected the file of each weight.")
+        for name in sorted({str(each) for each in names.values()}):
+            if name in ("", ".", "..") or set(name) & set("/\\\0"):
+                raise VNMError(f"{index} names the file {name!r}; weights are only read from the model's directory.")
+            if not (directory / name).is_file():
+                raise VNMError(f"{index} names the file {name}, which is missing.")
+
+
+def _check_complete(directory: Path, info: dict[str, Any]) -> None:
+    missing, mismatched, unexpected = (
+        _shown(info.get(f"{kind}_keys") or ()) for kind in ("missing", "mismatched", "unexpected")
+    )
+    if missing:
+        raise VNMError(f"{directory}: weights are missing, which would be random: {missing}.")
+    if mismatched:
+        raise VNMError(f"{directory}: weights have other shapes than config.json says: {mismatched}.")
+    if unexpected:
+        raise VNMError(f"{directory}: its files hold weights that the model has no place for: {unexpected}.")
+    if info.get("error_msgs"):
+        raise VNMError(f"{directory}: the model cannot be loaded: {_first_line(info['error_msgs'])}")
+
+
+def _shown(keys: Iterable[Any]) -> str:
+    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _first_line(error: Any) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, VNMError) else ""
+    return kind + (lines[0] if lines else "no further reason is given")

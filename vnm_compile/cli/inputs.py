@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vnm_compile.cli.directory import load_tokenizer
 from vnm_compile.errors import VNMError
 
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".npz", ".ckpt")
+
 Batch = dict[str, Tensor]
 
 
@@ -32,14 +34,19 @@ def load_batches(file: Path, directory: Path, model: nn.Module, samples: int, le
     """
     if not file.is_file():
         raise VNMError(f"there is no calibration file {file}.")
+    if file.suffix in _PICKLES:
+        raise VNMError(f"{file} may be a pickle, which is not read; give text or a .safetensors file of model inputs.")
     data = _tensors(file) if file.suffix == ".safetensors" else _passages(file, directory, model, length)
     count = len(next(iter(data.values())))
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:samples]
+    chosen = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu")[:samples]
     return [{name: value[part] for name, value in data.items()} for part in chosen.split(size)]
 
 
 def _tensors(file: Path) -> Batch:
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # safetensors has exceptions of its own
+        raise VNMError(f"{file} cannot be read as a safetensors file of model inputs: {error}.") from error
     lengths = {name: len(value) if value.dim() else 0 for name, value in tensors.items()}
     if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
         raise VNMError(f"{file}: its tensors have {lengths} rows; each holds the same number of samples, at least one.")
@@ -55,6 +62,8 @@ def _passages(file: Path, directory: Path, model: nn.Module, length: int) -> Bat
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise VNMError(f"{file} is not UTF-8 text; give text or a .safetensors file of model inputs.") from error
+    except OSError as error:
+        raise VNMError(f"the calibration file {file} cannot be read: {error}.") from error
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(tokens) < length:
         raise VNMError(f"{file} holds {len(tokens)} tokens, a passage is {length}; give more text or --length.")

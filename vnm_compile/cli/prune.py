@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import vnm_compile as vnm
-from vnm_compile.cli.directory import check_output, load_model, write_model
+from vnm_compile.cli.directory import check_directory, load_model
 from vnm_compile.cli.inputs import load_batches
+from vnm_compile.cli.output import check_output, write_model
 from vnm_compile.spec import Spec
 
 REPORT = "pruning.json"
@@ -43,14 +45,15 @@ def prune(
     """
     pattern = Spec.parse(spec)
     check_output(out, model_dir, force)
+    check_directory(model_dir)
     console = Console()
-    with console.status(f"loading {model_dir}"):
+    with console.status(escape(f"loading {model_dir}")):
         model = load_model(model_dir)
         batches = load_batches(calibration, model_dir, model, samples, length, batch_size) if calibration else None
     report = vnm.sparsify(
         model, pattern, method, include=include, exclude=exclude, calibration=batches, permute=permute
     )
-    with console.status(f"writing {out}"):
+    with console.status(escape(f"writing {out}")):
         write_model(model, model_dir, out, {REPORT: report.to_dict()})
     typer.echo(str(report))
-    console.print(f"{len(report.layers)} layers are {pattern}; written to {out}", highlight=False, soft_wrap=True)
+    typer.echo(f"{len(report.layers)} layers are {pattern}; written to {out}")

@@ -15,11 +15,13 @@ from vnm_compile.codegen.generate import GeneratedKernel
 from vnm_compile.codegen.targets import Target
 from vnm_compile.inspection.assembly import Instructions, count_instructions
 from vnm_compile.inspection.machine_code import MachineCode
+from vnm_compile.names import by_name, printable
 from vnm_compile.report.explanation import Explanation
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+    from rich.text import Text
 
 TOKENS = sympy.Symbol("T", positive=True)
 
@@ -150,8 +152,8 @@ class KernelReport:
         self.wrappers, self.explanation, self.target = list(wrappers), explanation, target
 
     def __getitem__(self, name: str) -> Kernel:
-        """The kernel called `name`."""
-        return next(kernel for kernel in self.kernels if kernel.name == name)
+        """The kernel called `name`; an UnknownName (a VNMError and a KeyError) where there is none."""
+        return by_name(name, self.kernels)
 
     @property
     def sparse(self) -> list[Kernel]:
@@ -194,7 +196,9 @@ class KernelReport:
         return table
 
 
-def _row(kernel: Kernel) -> list[str]:
+def _row(kernel: Kernel) -> list[str | Text]:
+    from rich.text import Text
+
     tokens = kernel.schedule.tokens or 1
     moved = float(sympy.sympify(kernel.bytes_moved).subs(TOKENS, tokens)) / 1e6
     floor = kernel.roofline_seconds
@@ -209,7 +213,8 @@ def _row(kernel: Kernel) -> list[str]:
             loads,
         ]
     time = f"{floor * 1e6:.2f}" if floor is not None else ""
-    return [kernel.name, _short(kernel.fused_ops), str(kernel.launches), *machine, f"{moved:.2f}", time]
+    ops = Text(printable(_short(kernel.fused_ops)))
+    return [Text(printable(kernel.name)), ops, str(kernel.launches), *machine, f"{moved:.2f}", time]
 
 
 def _short(ops: Iterable[str]) -> str:

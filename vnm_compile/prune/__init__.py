@@ -2,7 +2,7 @@
 
 from vnm_compile.prune.fisher import Fisher
 from vnm_compile.prune.project import project
-from vnm_compile.prune.report import LayerPruned, SparsifyReport
+from vnm_compile.prune.report import LayerLeft, LayerPruned, SparsifyReport
 from vnm_compile.prune.sparsify import METHODS, sparsify
 
-__all__ = ["METHODS", "Fisher", "LayerPruned", "SparsifyReport", "project", "sparsify"]
+__all__ = ["METHODS", "Fisher", "LayerLeft", "LayerPruned", "SparsifyReport", "project", "sparsify"]

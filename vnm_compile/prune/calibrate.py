@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,21 +11,28 @@ from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.prune.batches import check_ids, described
+from vnm_compile.prune.padding import Padding
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
     """Return the model's output for a batch of calibration data: a tensor, a tuple or list of arguments, or a dict.
 
     Raises:
-        VNMError: the batch is none of these.
+        VNMError: the model does not take the batch; what it said is the cause.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    raise VNMError(f"a batch of calibration data is a {type(batch).__name__}; give a tensor, a tuple or a dict each.")
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    except (VNMError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise VNMError(
+            f"the model does not take the calibration batch {described(batch)}: {type(error).__name__}: {said}. "
+            "A batch is a tensor, a tuple of arguments or a dict of them, as the model is called with."
+        ) from error
 
 
 @contextmanager
@@ -48,101 +55,154 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """As `as_evaluated`, and ready for any data: parts that are compiled run eagerly, indices are checked first."""
+
+    def check(name: str, size: int) -> Callable[..., None]:
+        return lambda module, args: check_ids(args[0] if args else None, size, name)
+
+    with ExitStack() as stack:
+        stack.enter_context(as_evaluated(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding):
+                hook = module.register_forward_pre_hook(check(name, module.num_embeddings))
+                stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def plain_numerics() -> Iterator[None]:
+    """Compute in the dtypes that tensors have, also where the caller is inside torch.autocast."""
+    with ExitStack() as stack:
+        accelerator = torch.accelerator.current_accelerator()
+        for device in ("cpu", *([accelerator.type] if accelerator is not None else [])):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def execution_order(model: nn.Module, layers: Sequence[Layer], batch: Any) -> list[int]:
     """Indices of `layers` in the order in which the model first calls them; those it does not call come last."""
     seen: list[int] = []
-    hooks = [layer.module.register_forward_pre_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(layers)]
-    try:
-        with torch.no_grad(), as_evaluated(model):
-            run_model(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            hook = layer.module.register_forward_pre_hook(lambda *_, i=i: seen.append(i))
+            stack.callback(hook.remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(calibrating(model))
+        run_model(model, batch)
     called = list(dict.fromkeys(seen))
     return called + [i for i in range(len(layers)) if i not in seen]
 
 
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a linear, as its forward hook gets it, with one token a row: `[T, K]`."""
-    given: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return given.detach().reshape(-1, given.shape[-1])
+def watch_inputs(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], see: Callable[[int, Tensor], None]
+) -> list[bool]:
+    """Run the batches through the model; `see(i, x)` gets the inputs `[T, K]` of `layers[i]` each time it is called.
+
+    x is float32, and without the positions that a batch's masks say are padding (`padding.Padding`).
+
+    Returns:
+        Whether a token reached each layer.
+
+    Raises:
+        VNMError: the model does not take a batch.
+    """
+    reached = [False] * len(layers)
+    padding: Padding
+
+    def hook(index: int) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+            if not isinstance(given, Tensor):
+                return
+            x = padding.rows(given.detach(), layers[index].name)
+            if len(x):
+                reached[index] = True
+                with plain_numerics():
+                    see(index, x.float())
+
+        return look
+
+    with ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            handle = layer.module.register_forward_pre_hook(hook(i), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(calibrating(model))
+        for batch in batches:
+            padding = Padding(model, batch)
+            run_model(model, batch)
+    return reached
 
 
-def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any]) -> list[Tensor]:
+def second_moments(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]) -> list[Tensor]:
     """Return the mean of `x xᵀ` over all tokens that reach each layer: float32 `[K, K]` a layer.
 
     Raises:
-        VNMError: no batch, a layer that no token reached, or inputs that are not finite.
-    """
-    sums = [torch.zeros(()) for _ in layers]
-    counts = [0] * len(layers)
-
-    def hook(index: int) -> Any:
-        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = layer_input(args, kwargs).float()
-            sums[index] = sums[index] + x.T @ x
-            counts[index] += x.shape[0]
-
-        return gather
-
-    hooks = [layer.module.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        with torch.no_grad(), as_evaluated(model):
-            for batch in batches:
-                run_model(model, batch)
-    finally:
-        for each in hooks:
-            each.remove()
-    for layer, moment, count in zip(layers, sums, counts, strict=True):
-        if count == 0:
-            raise unreached(model, layer)
-        if not moment.isfinite().all():
-            raise at_layer(layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.")
-    return [moment / count for moment, count in zip(sums, counts, strict=True)]
-
-
-def input_energy(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Any]) -> list[Tensor | None]:
-    """Return the mean square of each input of each layer over all tokens: float32 `[K]`; None where none reached it.
-
-    Raises:
-        VNMError: inputs that are not finite.
+        VNMError: a layer that no token reached, inputs that are not finite, or a batch that the model does not take.
     """
     sums: list[Tensor | None] = [None] * len(layers)
     counts = [0] * len(layers)
 
-    def hook(index: int) -> Any:
-        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = layer_input(args, kwargs).float()
-            total, squares = sums[index], x.square().sum(0)
-            sums[index] = squares if total is None else total + squares
-            counts[index] += x.shape[0]
+    def gather(index: int, x: Tensor) -> None:
+        total = sums[index]
+        sums[index] = x.T @ x if total is None else total.addmm_(x.T, x)
+        counts[index] += x.shape[0]
 
-        return gather
+    watch_inputs(model, layers, batches, gather)
+    moments = []
+    for i, layer in enumerate(layers):
+        moment = sums[i]
+        if moment is None:
+            raise unreached(model, layer)
+        moments.append(_finite(layer, moment).div_(counts[i]))
+    return moments
 
-    hooks = [layer.module.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        with torch.no_grad(), as_evaluated(model):
-            for batch in batches:
-                run_model(model, batch)
-    finally:
-        for each in hooks:
-            each.remove()
-    for layer, total in zip(layers, sums, strict=True):
-        if total is not None and not total.isfinite().all():
-            raise at_layer(layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.")
-    return [total / n if total is not None and n else None for total, n in zip(sums, counts, strict=True)]
+
+def input_energy(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]) -> list[Tensor | None]:
+    """Return the mean square of each input of each layer over all tokens: float32 `[K]`; None where none reached it.
+
+    Raises:
+        VNMError: inputs that are not finite, or a batch that the model does not take.
+    """
+    sums: list[Tensor | None] = [None] * len(layers)
+    counts = [0] * len(layers)
+
+    def gather(index: int, x: Tensor) -> None:
+        total, squares = sums[index], x.square().sum(0)
+        sums[index] = squares if total is None else total + squares
+        counts[index] += x.shape[0]
+
+    watch_inputs(model, layers, batches, gather)
+    return [
+        None if total is None else _finite(layer, total) / count
+        for layer, total, count in zip(layers, sums, counts, strict=True)
+    ]
+
+
+def _finite(layer: Layer, total: Tensor) -> Tensor:
+    if not total.isfinite().all():
+        raise at_layer(layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.")
+    return total
 
 
 def unreached(model: nn.Module, layer: Layer) -> VNMError:
     """The error for a layer that saw no input, with the reason where it is known."""
-    parent = model.get_submodule(layer.name.rpartition(".")[0])
+    parent = next((m for m in model.modules() if layer.module in m.children()), None)
     if isinstance(parent, nn.MultiheadAttention):
         return at_layer(
             layer.name,
             "nn.MultiheadAttention multiplies by this weight without calling the layer, so its inputs cannot be seen; "
             f'exclude it (exclude="*.{layer.name.rpartition(".")[2]}"), or use method="magnitude" or "fisher".',
         )
-    return at_layer(layer.name, "no calibration data reached it; give batches that do, or exclude the layer.")
+    return at_layer(
+        layer.name,
+        "no calibration data reached it: the model did not call this layer for any token of the batches; give batches "
+        "that do, or exclude the layer.",
+    )
 
 
 def output_error(weight: Tensor, pruned: Tensor, moment: Tensor) -> float:

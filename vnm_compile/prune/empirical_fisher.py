@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.prune.calibrate import run_model
+from vnm_compile.prune.padding import Padding
 from vnm_compile.spec import Spec
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -75,12 +76,13 @@ def fisher_blocks(
     """Return the mean of `g gᵀ` over gradients g of the loss, one a batch: `[rows, blocks, size, size]` a part.
 
     Without a loss the gradients are those of the outputs times standard normal noise, the mean of whose squares is
-    the Gauss-Newton matrix of the squared distance to the present outputs; batches are then used again with new noise.
+    the Gauss-Newton matrix of the squared distance to the present outputs, padding excepted; batches are then used
+    again with new noise.
 
     Raises:
         VNMError: a loss that is no finite scalar, or does not depend on a layer.
     """
-    sums = [torch.zeros(_shape(part), device=part.layer.weight.device) for part in parts]
+    sums = [torch.zeros(_shape(part), dtype=torch.float32, device=part.layer.weight.device) for part in parts]
     count = num_grads if loss is None else min(num_grads, len(batches))
     gathered: list[list[Tensor]] = []
     with _gradients_of(model, parts) as weights:
@@ -105,12 +107,16 @@ def _noise_loss(model: nn.Module, batch: Any) -> Tensor:
         if output is None or not len(output):
             raise VNMError("the model returns no tensor; give a loss: method=vnm.prune.Fisher(loss=...).")
         output = next(iter(output.values())) if hasattr(output, "values") else output[0]
-    return (output * torch.randn_like(output)).sum()
+    if not output.is_floating_point():
+        raise VNMError(f"the model returns {output.dtype}; give a loss: method=vnm.prune.Fisher(loss=...).")
+    return (output * Padding(model, batch).clear(torch.randn_like(output))).sum()
 
 
 def _gradients(value: Tensor, weights: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite().all():
         raise VNMError(f"the loss is {value!r}; it must be a tensor of one finite number.")
+    if not value.requires_grad:
+        raise at_layer(parts[0].layer.name, "the loss does not depend on it; exclude it, or give another loss.")
     gradients = torch.autograd.grad(value.sum(), list(weights), allow_unused=True)
     found = []
     for gradient, part in zip(gradients, parts, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError
-from vnm_compile.prune.calibrate import as_evaluated
+from vnm_compile.prune.calibrate import calibrating, plain_numerics
 from vnm_compile.prune.empirical_fisher import Loss, fisher_blocks, parts_in_memory
+from vnm_compile.prune.pruned import Pruned
 from vnm_compile.prune.saliency import prune_rows
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
@@ -32,8 +32,8 @@ class Fisher:
     of a step are pruned by the curvature of the model as the step found it.
 
     Memory: `memory` bytes for the Fisher at a time (`4 * block_size` bytes a weight in all: what does not fit takes
-    another pass over the gradients), about 300 MB beside it, a copy of the pruned weights, and with `retrain` a copy
-    of the model to return to on an error.
+    another pass over the gradients), about 300 MB beside it, and what the pruned weights take packed; with `retrain` or
+    several steps also a copy of these weights, and with `retrain` one of the model, to return to on an error.
 
     Source: VENOM, arXiv 2310.02065, section 5, after oBERT, arXiv 2203.07259. Unlike theirs, groups of one block are
     pruned in turn, each knowing the ones before, and the damping is relative.
@@ -65,6 +65,11 @@ class Fisher:
             if not getattr(self, name) > 0:
                 raise VNMError(f"Fisher({name}={getattr(self, name)!r}): it must be larger than 0.")
 
+    @property
+    def in_one_step(self) -> bool:
+        """Whether the model can keep its weights until all is done."""
+        return self.steps == 1 and self.retrain is None
+
 
 def relaxed(spec: Spec, step: int, steps: int) -> tuple[int, int]:
     """How many columns a block keeps and how many weights a row and group, after step 1 ... `steps`.
@@ -83,18 +88,24 @@ def relaxed(spec: Spec, step: int, steps: int) -> tuple[int, int]:
 
 def prune_by_fisher(
     model: nn.Module, selected: Sequence[tuple[Layer, Spec]], batches: Sequence[Any], options: Fisher, bar: Progress
-) -> None:
-    """Prune the selected layers in place."""
+) -> list[Pruned] | None:
+    """Prune the selected layers: in one step the results are returned; else they are in the model, and None is."""
+    if options.in_one_step:
+        return [
+            Pruned.of(layer, spec, weight, layer.weight.detach())
+            for layer, spec, weight in _step(model, selected, batches, options, 1, bar)
+        ]
     for step in range(1, options.steps + 1):
-        task = bar.add_task(f"step {step} of {options.steps}: gradients and pruning", total=len(selected))
-        with as_evaluated(model):
-            pruned = _step(model, selected, batches, options, step, partial(bar.update, task))
+        # All layers of a step see the same curvature: the model keeps its weights until the last is done.
+        found = list(_step(model, selected, batches, options, step, bar))
         with torch.no_grad():
-            for layer, _ in selected:
-                layer.weight.copy_(pruned[layer.name])
+            for layer, _, weight in found:
+                layer.weight.copy_(weight)
+        del found
         if options.retrain is not None:
             with hold_masks([layer for layer, _ in selected]):
                 options.retrain(model, step)
+    return None
 
 
 def _step(
@@ -103,24 +114,30 @@ def _step(
     batches: Sequence[Any],
     options: Fisher,
     step: int,
-    update: Callable[..., None],
-) -> dict[str, Tensor]:
-    """The weights after one step; the model keeps its own, so that all layers see the same curvature."""
-    pruned = {layer.name: layer.weight.detach().clone() for layer, _ in selected}
-    total, done = sum(weight.numel() for weight in pruned.values()), 0
+    bar: Progress,
+) -> Iterator[tuple[Layer, Spec, Tensor]]:
+    """The weights after one step, layer by layer; the model keeps its own."""
+    task = bar.add_task(f"step {step} of {options.steps}: gradients and pruning", total=len(selected))
+    total, done = sum(layer.weight.numel() for layer, _ in selected), 0
+    pruned = None
     for parts in parts_in_memory(selected, options.block_size, options.memory):
-        blocks = fisher_blocks(model, parts, batches, options.loss, options.num_grads)
-        for part, fisher in zip(parts, blocks, strict=True):
+        with calibrating(model):
+            blocks = fisher_blocks(model, parts, batches, options.loss, options.num_grads)
+        for part in parts:
             weight = part.layer.weight.detach()
-            _damp(fisher, part.spec.v, options.damping)
-            columns, kept = relaxed(part.spec, step, options.steps)
-            free = part.cut(weight) != 0 if step > 1 else part.cut(torch.ones_like(weight)) != 0
-            new = prune_rows(part.cut(weight), fisher, free, part.spec, columns, kept)
-            pruned[part.layer.name][part.start : part.stop] = new.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+            pruned = torch.empty_like(weight) if pruned is None else pruned
+            with plain_numerics(), torch.no_grad():
+                fisher = blocks.pop(0)
+                _damp(fisher, part.spec.v, options.damping)
+                columns, kept = relaxed(part.spec, step, options.steps)
+                free = part.cut(weight) != 0 if step > 1 else part.cut(torch.ones_like(weight)) != 0
+                new = prune_rows(part.cut(weight), fisher, free, part.spec, columns, kept)
+                pruned[part.start : part.stop] = new.flatten(1)[:, : weight.shape[1]].to(weight.dtype)
             done += new.numel()
-            update(completed=len(selected) * min(1.0, done / total))
-        del blocks
-    return pruned
+            bar.update(task, completed=len(selected) * min(1.0, done / total))
+            if part.stop == weight.shape[0]:
+                yield part.layer, part.spec, pruned
+                pruned = None
 
 
 def _damp(fisher: Tensor, v: int, damping: float) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
-from vnm_compile.prune.calibrate import as_evaluated, input_energy
+from vnm_compile.prune.calibrate import as_evaluated, input_energy, plain_numerics
 from vnm_compile.prune.permutation import ChannelOrder, ChannelOrders, Use, find_channel_orders, search
 from vnm_compile.prune.permutation.search import HEAT, retained
 from vnm_compile.spec import Spec
@@ -70,7 +70,10 @@ def permuted(
     moving = {name for order in orders.free for name, *_ in order.places}
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name in moving}
     try:
-        yield _permute(model, orders, _scored(model, selected, batches, method), bar)
+        scored = _scored(model, selected, batches, method)
+        with plain_numerics():
+            shares = _permute(model, orders, scored, bar)
+        yield shares
     except BaseException:
         with torch.no_grad():
             for name, values in before.items():

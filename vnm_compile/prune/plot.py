@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vnm_compile.errors import VNMError
+from vnm_compile.names import printable
 
 if TYPE_CHECKING:
     from vnm_compile.prune.report import LayerPruned
@@ -39,7 +40,9 @@ def plot_layers(layers: Sequence[LayerPruned], title: str, path: str | Path) -> 
     height = 0.8 / len(shown)
     for i, (name, values) in enumerate(shown.items()):
         axes.barh([j + i * height for j in range(len(layers))], values, height, label=name)  # type: ignore[arg-type]
-    axes.set_yticks([j + 0.4 - height / 2 for j in range(len(layers))], [layer.name for layer in layers], fontsize=7)
+    names = [printable(layer.name) for layer in layers]
+    # A "$" in a name is no formula.
+    axes.set_yticks([j + 0.4 - height / 2 for j in range(len(layers))], names, fontsize=7, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_title(title)

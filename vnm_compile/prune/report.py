@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vnm_compile.inventory import DenseWeight
+from vnm_compile.names import by_name, printable
 from vnm_compile.prune.plot import plot_layers
 
 if TYPE_CHECKING:  # imported when something is printed: compiling does not need it
@@ -39,16 +42,62 @@ class LayerPruned:
     importance_after: float | None = None
 
 
-class SparsifyReport:
-    """What `vnm.sparsify` returns: `print` it, or take `.layers` or `.to_dict()`."""
+@dataclass(frozen=True)
+class LayerLeft:
+    """What multiplies by a weight and was left dense: a linear, experts, a convolution.
 
-    def __init__(self, method: str, layers: Iterable[LayerPruned]) -> None:
+    Attributes:
+        name: qualified name.
+        shape: of the weight as it is stored.
+        reason: why, in one line.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+class SparsifyReport:
+    """What `vnm.sparsify` returns: `print` it, or take `.layers`, `.dense`, `.totals` or `.to_dict()`.
+
+    Attributes:
+        method: by which the layers were pruned.
+        layers: those that were pruned.
+        dense: what else of the model multiplies by weights, with the reason why it was left dense.
+    """
+
+    def __init__(self, method: str, layers: Iterable[LayerPruned], dense: Iterable[DenseWeight] = ()) -> None:
         self.method = method
         self.layers = list(layers)
+        self.dense = [LayerLeft(each.name, each.shape, each.reason) for each in dense]
+
+    def __getitem__(self, name: str) -> LayerPruned | LayerLeft:
+        """The record of the layer called `name`.
+
+        Raises:
+            UnknownName: there is none; the message has the names that come close.
+        """
+        return by_name(name, [*self.layers, *self.dense])
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Numbers of layers and of weights: those pruned, and of all that multiply by weights."""
+        pruned = sum(math.prod(layer.shape) for layer in self.layers)
+        return {
+            "layers": len(self.layers),
+            "all_layers": len(self.layers) + len(self.dense),
+            "weights": pruned,
+            "all_weights": pruned + sum(math.prod(each.shape) for each in self.dense),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
-        return {"method": self.method, "layers": [asdict(layer) for layer in self.layers]}
+        return {
+            "method": self.method,
+            "layers": [asdict(layer) for layer in self.layers],
+            "dense": [asdict(each) for each in self.dense],
+            "totals": self.totals,
+        }
 
     def plot(self, path: str | Path) -> None:
         """Draw the layers' errors as bars, into a file whose suffix says the format (.png, .svg, .pdf).
@@ -60,6 +109,7 @@ class SparsifyReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=f"pruned by {self.method}", title_justify="left")
         table.add_column("layer", overflow="fold")
@@ -71,8 +121,22 @@ class SparsifyReport:
             shape = " x ".join(map(str, layer.shape))
             kept = (layer.importance_before, layer.importance_after) if permuted else ()
             figures = map(_shown, (*kept, layer.retained, layer.output_error, layer.held_out_error))
-            table.add_row(layer.name, shape, layer.spec, *figures)
+            table.add_row(Text(printable(layer.name)), shape, layer.spec, *figures)
         yield table
+        yield Text(self._summary())
+
+    def _summary(self) -> str:
+        totals = self.totals
+        share = totals["weights"] / totals["all_weights"] if totals["all_weights"] else 0.0
+        lines = [f"{totals['weights']:,} of {totals['all_weights']:,} weights that are multiplied by ({share:.0%})."]
+        reasons: dict[str, list[LayerLeft]] = {}
+        for each in self.dense:
+            reasons.setdefault(each.reason, []).append(each)
+        for reason, left in reasons.items():
+            names = ", ".join(printable(each.name) for each in left[:3]) + (", ..." if len(left) > 3 else "")
+            weights = sum(math.prod(each.shape) for each in left)
+            lines.append(f"Dense: {names} ({weights:,} weights): {reason}.")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -15,20 +15,28 @@ from torch import Tensor
 from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.filenames import file_name
+from vnm_compile.format import matches
 from vnm_compile.spec import Spec
 
 
 class PrunedLayers:
-    """A directory with one file a pruned layer: `NAME.safetensors`, its weight and how it was made.
+    """A directory with one file a pruned layer: its weight and how it was made.
 
     Every file states the run it belongs to: method and settings, the layers and patterns of the run, fingerprints of
-    the calibration data and of the layer's dense weight. A file of another run is an error, never reused.
+    the calibration data, of the layer's dense weight and of the pruned one. A file of another run, or a damaged one, is
+    an error, never reused. The files are safetensors: nothing in them is executed when they are read.
+
+    Raises:
+        VNMError: the directory cannot be made.
     """
 
     def __init__(self, directory: str | Path, settings: Mapping[str, Any], batches: Iterable[Any]) -> None:
         self.directory = Path(directory)
         self.settings = {**settings, "calibration": fingerprint(list(batches))}
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VNMError(f"checkpoint={str(directory)!r} is no directory that can be written to: {error}.") from error
 
     def load(self, layer: Layer, spec: Spec) -> tuple[Tensor, float | None] | None:
         """The pruned weight `[out_features, in_features]` of a layer and its output error, or None: not pruned yet.
@@ -36,15 +44,11 @@ class PrunedLayers:
         Raises:
             VNMError: the layer's file is of another run, or damaged.
         """
-        from safetensors import safe_open  # compiling does not need it
-
         path = self._path(layer)
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                found = json.loads((file.metadata() or {})["vnm_compile"])
-                weight = file.get_tensor("weight")
+            found, weight = _read(path)
         except Exception as error:
             raise at_layer(layer.name, f"{path} cannot be read ({error}); delete it.") from error
         wanted = self._description(layer, spec)
@@ -55,26 +59,58 @@ class PrunedLayers:
                 f"{path} is of a run with another {', '.join(differing)}; give another checkpoint directory, "
                 "or delete this one.",
             )
-        return weight, found["output_error"]
+        damage = _damage(layer, spec, found, weight)
+        if damage:
+            raise at_layer(layer.name, f"{path} cannot be read ({damage}); delete it.")
+        return weight.to(layer.weight.device), found["output_error"]
 
-    def save(self, layer: Layer, spec: Spec, dense: Tensor, output_error: float | None) -> None:
-        """Store the layer's present weight as the pruned one of `dense`."""
+    def save(self, layer: Layer, spec: Spec, weight: Tensor, output_error: float | None) -> None:
+        """Store `weight` as the pruned one of a layer, which still holds its dense one.
+
+        Raises:
+            VNMError: the file cannot be written.
+        """
         from safetensors.torch import save_file
 
-        content = {**self._description(layer, spec, dense), "output_error": output_error}
+        weight = weight.detach().cpu().contiguous()
+        content = {**self._description(layer, spec), "output_error": output_error, "pruned": fingerprint(weight)}
         path = self._path(layer)
         unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.unlink(missing_ok=True)  # a link that lies there is not followed
-        weight = layer.weight.detach().cpu().contiguous()
-        save_file({"weight": weight}, unfinished, metadata={"vnm_compile": json.dumps(content)})
-        os.replace(unfinished, path)
+        try:
+            unfinished.unlink(missing_ok=True)  # a link that lies there is not followed
+            save_file({"weight": weight}, unfinished, metadata={"vnm_compile": json.dumps(content)})
+            os.replace(unfinished, path)
+        except Exception as error:  # safetensors has an exception of its own for a full disk
+            raise at_layer(layer.name, f"its checkpoint {path} cannot be written: {error}.") from error
 
     def _path(self, layer: Layer) -> Path:
         return self.directory / file_name(layer.name, ".safetensors")
 
-    def _description(self, layer: Layer, spec: Spec, dense: Tensor | None = None) -> dict[str, Any]:
-        weight = layer.weight if dense is None else dense
-        return {**self.settings, "spec": str(spec), "weight": fingerprint(weight)}
+    def _description(self, layer: Layer, spec: Spec) -> dict[str, Any]:
+        return {**self.settings, "spec": str(spec), "weight": fingerprint(layer.weight)}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
+    from safetensors import safe_open  # compiling does not need it
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        found = json.loads((file.metadata() or {})["vnm_compile"])
+        weight: Tensor = file.get_tensor("weight")
+    if not isinstance(found, dict):
+        raise ValueError("its description is no JSON object")
+    return found, weight
+
+
+def _damage(layer: Layer, spec: Spec, found: Mapping[str, Any], weight: Tensor) -> str | None:
+    """What is wrong with a stored weight."""
+    error = found.get("output_error")
+    if weight.shape != layer.weight.shape or weight.dtype != layer.weight.dtype:
+        return f"it holds a weight {weight.dtype} {list(weight.shape)}"
+    if found.get("pruned") != fingerprint(weight) or not matches(weight, spec):
+        return "its weight is not the one that was stored"
+    if error is not None and not isinstance(error, int | float):
+        return f"its output error is {error!r}"
+    return None
 
 
 def fingerprint(data: Any) -> str:

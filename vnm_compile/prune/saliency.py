@@ -57,7 +57,7 @@ def _prune_chunk(w: Tensor, fisher: Tensor, free: Tensor, spec: Spec, columns: i
 def _masked_inverse(fisher: Tensor, free: Tensor) -> Tensor:
     """The inverse over the free weights of each block, the identity elsewhere."""
     both = free.unsqueeze(-1) & free.unsqueeze(-2)
-    masked = torch.where(both, fisher, torch.eye(fisher.shape[-1], device=fisher.device))
+    masked = torch.where(both, fisher, torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device))
     return torch.cholesky_inverse(torch.linalg.cholesky(masked))
 
 
@@ -116,7 +116,7 @@ def best_choices(
         inside = inside.repeat_interleave(spec.v, 1)[:, :rows]
         return inside.gather(0, gains.gather(0, inside).argmax(0, keepdim=True))[0]
     padding = -rows % spec.v
-    best = torch.full(((rows + padding) // spec.v, *gains.shape[2:]), -torch.inf, device=gains.device)
+    best = gains.new_full(((rows + padding) // spec.v, *gains.shape[2:]), -torch.inf)
     winner = torch.zeros(gains.shape[1:], dtype=torch.int64, device=gains.device)
     for four in combinations(range(m), KEPT_COLUMNS):
         inside = torch.tensor([number[choice] for choice in combinations(four, spec.n)], device=gains.device)

@@ -48,7 +48,7 @@ def second_order(
     dead = h.diagonal() == 0
     w[:, dead] = 0.0  # an input that is always zero needs no weight
     # Dead inputs take no part in the damping: it is a share of what the live ones bring.
-    mean = h.diagonal()[~dead].mean() if bool((~dead).any()) else torch.ones((), device=h.device)
+    mean = h.diagonal()[~dead].mean() if bool((~dead).any()) else h.new_ones(())
     h.diagonal()[dead] = mean
     h.diagonal().add_(damping * mean)
     # With every input scaled to one, a weight's size says what it is worth, and one penalty suits all columns.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer, Selector, select_layers, set_annotation
+from vnm_compile.checks import check_usable
 from vnm_compile.errors import VNMError, at_layer
-from vnm_compile.prune.calibrate import execution_order, output_error, second_moments
+from vnm_compile.inventory import others
+from vnm_compile.memory import return_freed_memory
+from vnm_compile.prune.batches import as_batches
+from vnm_compile.prune.calibrate import execution_order, output_error, plain_numerics, second_moments
 from vnm_compile.prune.fisher import Fisher, prune_by_fisher
 from vnm_compile.prune.held_out import held_out_errors
 from vnm_compile.prune.permute import permuted
 from vnm_compile.prune.project import project
+from vnm_compile.prune.pruned import Pruned, running_pruned, slabs, uninterrupted, write_all
 from vnm_compile.prune.report import LayerPruned, SparsifyReport
 from vnm_compile.prune.resume import PrunedLayers
 from vnm_compile.prune.second_order import DAMPING, second_order
@@ -56,7 +61,11 @@ def sparsify(
 
     With "wanda" and "second_order" the layers are pruned block by block in the order in which they run; the data is
     passed over once a block, and the second moments of one block are held at a time (4 K squared bytes a layer). Data
-    runs through the model in eval mode.
+    runs through the model in eval mode, eagerly, without gradients. Positions that a batch's attention_mask (or torch's
+    key_padding_mask) says are padding do not count.
+
+    The model is written to when all is done. Until then the pruned weights are held packed: beside the statistics, a
+    run takes about the share of the weights that the pattern keeps.
 
     Args:
         model: its selected weights are written to; on an error nothing of it is changed.
@@ -64,7 +73,8 @@ def sparsify(
         method: a key of `METHODS`. "magnitude" is VENOM's (arXiv 2310.02065, section 5); "wanda" scores as arXiv
             2306.11695 does; "second_order" is described in `vnm_compile.prune.second_order`; "fisher" is VENOM's in
             one step, and a `vnm.prune.Fisher` says how many steps, of which loss, with what retraining.
-        calibration: batches of model inputs, a tensor, a tuple or a dict each.
+        calibration: an iterable of batches of model inputs, a tensor, a tuple or a dict each; a single tensor or dict
+            is one batch.
         norm: what is summed over a block by "magnitude" and "wanda": the scores ("l1") or their squares ("l2").
         damping: of the second moments, as a share of their mean diagonal.
         held_out: batches that the calibration data does not hold, for the report to measure the layers' errors on.
@@ -80,126 +90,134 @@ def sparsify(
         progress: show a progress bar while it runs.
 
     Returns:
-        What is left of each layer.
+        What is left of each layer, and what else of the model multiplies by weights and stays dense.
 
     Raises:
-        VNMError: an unknown method, no layer to prune, a weight that is compressed already or holds NaN, calibration
-            data that is missing, empty, not finite, or does not reach a layer, a checkpoint of another run, or, with
-            `permute`, a model that torch.export cannot export.
+        VNMError: an unknown method, no layer to prune, a weight that is compressed already, holds NaN or cannot be
+            written to, calibration data that is missing, empty, not finite, no model input, or does not reach a layer,
+            a checkpoint of another run, or, with `permute`, a model that torch.export cannot export.
     """
     from rich.progress import Progress  # compiling does not need it
 
+    model = getattr(model, "_orig_mod", model)
     name = "fisher" if isinstance(method, Fisher) else method
-    _check_arguments(name, norm, checkpoint)
+    _check_arguments(name, norm, damping, checkpoint)
     selected = select_layers(model, spec, include, exclude)
     if not selected:
         raise VNMError("no layer of the model is large enough for this pattern; choose a smaller V or name the layers.")
     layers = [layer for layer, _ in selected]
-    for layer in layers:
-        _check(layer)
+    _check(layers)
     batches = _batches(calibration, name, permute)
+    unseen = None if held_out is None else as_batches(held_out, "held_out")
     fisher = method if isinstance(method, Fisher) else Fisher()
-    retrained = name == "fisher" and fisher.retrain is not None
-    with (
-        Progress(disable=not progress) as bar,
-        permuted(model, selected, batches, name, bar) if permute else _not_permuted() as shares,
-        _all_or_none(model if retrained else None, layers) as dense,
-    ):
-        errors: dict[str, float | None] = {}
-        if name == "fisher":
-            prune_by_fisher(model, selected, batches, fisher, bar)
-        else:
-            settings = {
-                "method": name,
-                "norm": norm,
-                "damping": damping,
-                "permute": permute,
-                "sequential": sequential,
-                "layers": [[each.name, str(s)] for each, s in selected],
-            }
-            store = PrunedLayers(checkpoint, settings, batches) if checkpoint is not None else None
-            blocks = list(_blocks(model, selected, batches))
-            if not sequential:
-                blocks.reverse()  # what comes before a block is dense when its turn comes
-            errors = _prune_by_layers(model, blocks, batches, name, norm, damping, store, bar)
-        unseen = [None] * len(layers) if held_out is None else held_out_errors(model, layers, dense, held_out)
-    for layer, layer_spec in selected:
-        set_annotation(layer.module, layer_spec, layer.name)
+    settings = {
+        "method": name,
+        "norm": norm,
+        "damping": damping,
+        "permute": permute,
+        "sequential": sequential,
+        "layers": [[each.name, str(s)] for each, s in selected],
+    }
+    with ExitStack() as last, _own_modes(layers):
+        with (
+            Progress(disable=not progress) as bar,
+            permuted(model, selected, batches, name, bar) if permute else _not_permuted() as shares,
+            _as_it_was(model, layers, fisher) if name == "fisher" else nullcontext() as dense,
+        ):
+            if name == "fisher":
+                results = prune_by_fisher(model, selected, batches, fisher, bar)
+                pruned = results if results is not None else _taken_out(selected, dense or [])
+            else:
+                store = PrunedLayers(checkpoint, settings, batches) if checkpoint is not None else None
+                blocks = _blocks(model, selected, batches)
+                pruned = _prune_by_layers(model, blocks, batches, name, norm, damping, sequential, store, bar)
+            by_layer = {id(each.layer): each for each in pruned}
+            pruned = [by_layer[id(layer)] for layer in layers]
+            errors = [None] * len(layers) if unseen is None else held_out_errors(model, pruned, unseen)
+            last.enter_context(uninterrupted())
+            write_all(pruned)
+        for layer, layer_spec in selected:
+            set_annotation(layer.module, layer_spec, layer.name)
     rows = [
-        _report(*pair, before, errors.get(pair[0].name), error, shares.get(pair[0].name, (None, None)))
-        for pair, before, error in zip(selected, dense, unseen, strict=True)
+        _row(each, error, shares.get(each.layer.name, (None, None))) for each, error in zip(pruned, errors, strict=True)
     ]
-    return SparsifyReport(name, rows)
+    del pruned, by_layer, dense
+    return_freed_memory()
+    return SparsifyReport(name, rows, others(model, {id(layer.module) for layer in layers}))
 
 
 def _prune_by_layers(
     model: nn.Module,
-    blocks: Sequence[Sequence[tuple[Layer, Spec]]],
+    blocks: Iterable[Sequence[tuple[Layer, Spec]]],
     batches: Sequence[Any],
     method: str,
     norm: Norm,
     damping: float,
+    sequential: bool,
     store: PrunedLayers | None,
     bar: Progress,
-) -> dict[str, float | None]:
-    """Prune in place, block by block; returns the output errors on the calibration data by name."""
+) -> list[Pruned]:
+    """Prune block by block; the model keeps its weights."""
+    blocks = list(blocks)
     task = bar.add_task(f"pruning by {method}", total=sum(map(len, blocks)))
-    errors: dict[str, float | None] = {}
+    done: list[Pruned] = []
     for block in blocks:
         stored = [store.load(*pair) if store else None for pair in block]
-        open_layers = [pair for pair, found in zip(block, stored, strict=True) if found is None]
-        moments: Sequence[Tensor | None] = [None] * len(open_layers)
+        open_layers = [layer for (layer, _), found in zip(block, stored, strict=True) if found is None]
+        moments: list[Tensor | None] = [None] * len(open_layers)
         if method != "magnitude" and open_layers:
-            moments = second_moments(model, [layer for layer, _ in open_layers], batches)
-        for (layer, _), found in zip(block, stored, strict=True):
-            if found is not None:
-                with torch.no_grad():
-                    layer.weight.copy_(found[0])
-                errors[layer.name] = found[1]
-                bar.advance(task)
-        for (layer, spec), moment in zip(open_layers, moments, strict=True):
-            before = layer.weight.detach().clone()
-            errors[layer.name] = _prune(layer, spec, moment, method, norm, damping)
-            if store:
-                store.save(layer, spec, before, errors[layer.name])
+            with running_pruned(done if sequential else []):
+                moments = list(second_moments(model, open_layers, batches))
+        for (layer, spec), found in zip(block, stored, strict=True):
+            if found is None:
+                with torch.no_grad(), plain_numerics():
+                    each = _prune(layer, spec, moments.pop(0), method, norm, damping)
+                if store:
+                    store.save(layer, spec, each.weight(), each.output_error)
+            else:
+                each = Pruned.of(layer, spec, found[0], layer.weight.detach(), found[1])
+            done.append(each)
             bar.advance(task)
-    return errors
+    return done
 
 
-def _prune(layer: Layer, spec: Spec, moment: Tensor | None, method: str, norm: Norm, damping: float) -> float | None:
-    """Prune one layer in place; returns its output error."""
-    with torch.no_grad():
-        weight = layer.weight
-        before = weight.detach().clone()
-        if method == "second_order" and moment is not None:
-            weight.copy_(second_order(weight, moment, spec, damping))
-        else:
-            scores = before.float().abs()
-            scores = scores if moment is None else scores * moment.diagonal().sqrt()
-            weight.mul_(project(scores if norm == "l1" else scores.square(), spec))
-        return output_error(before, weight, moment) if moment is not None else None
-
-
-def _report(
-    layer: Layer,
-    spec: Spec,
-    dense: Tensor,
-    error: float | None,
-    unseen: float | None,
-    importance: Sequence[float | None],
-) -> LayerPruned:
+def _prune(layer: Layer, spec: Spec, moment: Tensor | None, method: str, norm: Norm, damping: float) -> Pruned:
+    """Prune one layer."""
     weight = layer.weight.detach()
-    total = dense.abs().sum(dtype=torch.float64).item()
-    kept = (dense.abs() * (weight != 0)).sum(dtype=torch.float64).item()
-    shape = (weight.shape[0], weight.shape[1])
-    return LayerPruned(layer.name, shape, str(spec), kept / total if total else 1.0, error, unseen, *importance)
+    if method == "second_order" and moment is not None:
+        new = second_order(weight, moment, spec, damping)
+        return Pruned.of(layer, spec, new, weight, output_error(weight, new, moment))
+    pruned = Pruned(layer, spec)
+    scale = None if moment is None else moment.diagonal().sqrt()
+    for rows in slabs(weight, spec):
+        scores = weight[rows].float().abs()
+        scores = scores if scale is None else scores * scale
+        pruned.add(rows, weight[rows] * project(scores if norm == "l1" else scores.square(), spec), weight[rows])
+    if moment is not None:
+        pruned.output_error = output_error(weight, pruned.weight(), moment)
+    return pruned
 
 
-def _check_arguments(method: str, norm: str, checkpoint: str | Path | None) -> None:
-    if method not in METHODS:
+def _row(pruned: Pruned, unseen: float | None, importance: Sequence[float | None]) -> LayerPruned:
+    out_features, in_features = pruned.layer.weight.shape
+    return LayerPruned(
+        pruned.layer.name,
+        (out_features, in_features),
+        str(pruned.spec),
+        pruned.retained,
+        pruned.output_error,
+        unseen,
+        *importance,
+    )
+
+
+def _check_arguments(method: Any, norm: str, damping: Any, checkpoint: str | Path | None) -> None:
+    if not isinstance(method, str) or method not in METHODS:
         raise VNMError(f"unknown method {method!r}; there are {', '.join(METHODS)}.")
     if norm not in ("l1", "l2"):
         raise VNMError(f"norm={norm!r}; it takes 'l1' or 'l2'.")
+    if not isinstance(damping, int | float) or not 0 <= damping < float("inf"):
+        raise VNMError(f"damping={damping!r}; it is a share of the mean diagonal, such as {DAMPING}.")
     if method == "fisher" and checkpoint is not None:
         raise VNMError(
             'checkpoint= is for methods that prune layer by layer; "fisher" prunes all layers in every step. '
@@ -208,9 +226,9 @@ def _check_arguments(method: str, norm: str, checkpoint: str | Path | None) -> N
 
 
 def _batches(calibration: Iterable[Any] | None, method: str, permute: bool) -> list[Any]:
-    batches = list(calibration) if calibration is not None else []
+    batches = as_batches(calibration)
     if (method != "magnitude" or permute) and not batches:
-        found = "there is none" if calibration is None else "it is empty"
+        found = "there is none" if calibration is None else "it is empty (a generator that was used up?)"
         what = f'method="{method}"' if method != "magnitude" else "permute=True"
         raise VNMError(f"{what} needs calibration data, and {found}; give calibration=[batch, ...].")
     return batches
@@ -245,26 +263,46 @@ def _not_permuted() -> Iterator[dict[str, tuple[float, float]]]:
 
 
 @contextmanager
-def _all_or_none(model: nn.Module | None, layers: Sequence[Layer]) -> Iterator[list[Tensor]]:
-    """Yield the layers' dense weights, and give them back to the layers if pruning fails, or is interrupted, half way.
-
-    With a model, all its parameters and buffers come back: retraining changes them too.
-    """
-    before = [layer.weight.detach().clone() for layer in layers]
-    state = {} if model is None else {name: value.clone() for name, value in model.state_dict().items()}
+def _as_it_was(model: nn.Module, layers: Sequence[Layer], fisher: Fisher) -> Iterator[list[Tensor]]:
+    """Yield the layers' dense weights where steps write to them, and undo on an error what steps and retraining did."""
+    before = [] if fisher.in_one_step else [layer.weight.detach().clone() for layer in layers]
+    state = {} if fisher.retrain is None else {name: value.clone() for name, value in model.state_dict().items()}
     try:
         yield before
     except BaseException:
         with torch.no_grad():
-            if model is not None:
+            if state:
                 model.load_state_dict(state)
-            for layer, weight in zip(layers, before, strict=True):
+            for layer, weight in zip(layers, before, strict=False):
                 layer.weight.copy_(weight)
         raise
 
 
-def _check(layer: Layer) -> None:
-    if isinstance(layer.module.weight, VNMTensor):
-        raise at_layer(layer.name, "its weight is compressed already; call vnm.decompress_model(model) first.")
-    if not layer.weight.isfinite().all():
-        raise at_layer(layer.name, "its weight holds NaN or infinity; repair or exclude the layer.")
+def _taken_out(selected: Sequence[tuple[Layer, Spec]], dense: Sequence[Tensor]) -> list[Pruned]:
+    """The pruned weights that the layers hold, which get their dense ones back."""
+    pruned = []
+    with torch.no_grad():
+        for (layer, spec), before in zip(selected, dense, strict=True):
+            pruned.append(Pruned.of(layer, spec, layer.weight.detach(), before))
+            layer.weight.copy_(before)
+    return pruned
+
+
+@contextmanager
+def _own_modes(layers: Sequence[Layer]) -> Iterator[None]:
+    """Leave the caller's inference mode, in which no gradient can be taken; weights that were made in it stay in it."""
+    inference = torch.is_inference_mode_enabled() and any(layer.weight.is_inference() for layer in layers)
+    with torch.inference_mode(inference):
+        yield
+
+
+def _check(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if isinstance(layer.module.weight, VNMTensor):
+            raise at_layer(layer.name, "its weight is compressed already; call vnm.decompress_model(model) first.")
+    check_usable(layers, written=True)
+    for layer in layers:
+        # NaN is passed on by both; isfinite() would make copies of the weight.
+        low, high = torch.aminmax(layer.weight.detach())
+        if not bool(low.isfinite() & high.isfinite()):
+            raise at_layer(layer.name, "its weight holds NaN or infinity; repair or exclude the layer.")

@@ -6,18 +6,21 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from vnm_compile.names import by_name, printable
+
 if TYPE_CHECKING:  # imported when something is printed: compiling does not need it
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one linear.
+    """What became of one linear, or of something else that multiplies by a weight (experts, a convolution).
 
     Attributes:
         name: qualified name of the layer.
-        shape: `[out_features, in_features]`, or None where the weight is no matrix.
+        shape: `[out_features, in_features]`; the shape as stored of what is no linear; None where it is not known.
         spec: its pattern as text, or None.
         density: share of the weights that the pattern keeps; 1.0 without one.
         dense_bytes, stored_bytes: bytes of the weight dense, and as the compiled model reads it.
@@ -28,10 +31,11 @@ class LayerReport:
         sparse_seconds, dense_seconds: what was measured, where something was.
         limit: upper limit of the speed-up at these tokens, from `CostModel`.
         crossover: tokens from which arithmetic bounds the sparse kernel, from `CostModel`.
+        linear: whether it is the weight of a linear layer; experts and convolutions are not.
     """
 
     name: str
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...] | None
     spec: str | None
     density: float
     dense_bytes: int | None
@@ -44,6 +48,7 @@ class LayerReport:
     dense_seconds: float | None = None
     limit: float | None = None
     crossover: float | None = None
+    linear: bool = True
 
     @property
     def speedup(self) -> float | None:
@@ -60,8 +65,12 @@ class Explanation:
         self.device = device
 
     def __getitem__(self, name: str) -> LayerReport:
-        """The report of the layer called `name`."""
-        return next(layer for layer in self.layers if layer.name == name)
+        """The report of the layer called `name`.
+
+        Raises:
+            UnknownName: there is none (a VNMError and a KeyError); the message has the names that come close.
+        """
+        return by_name(name, self.layers)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -110,9 +119,11 @@ class Explanation:
             table.add_row(*self._row(layers))
         return table
 
-    def _row(self, layers: list[LayerReport]) -> list[str]:
+    def _row(self, layers: list[LayerReport]) -> list[str | Text]:
+        from rich.text import Text
+
         first = layers[0]
-        name = _common_name([layer.name for layer in layers])
+        name = printable(_common_name([layer.name for layer in layers]))
         name += f" ({len(layers)})" if len(layers) > 1 else ""
         shape = " x ".join(map(str, first.shape)) if first.shape else "-"
         from rich.filesize import decimal
@@ -124,14 +135,16 @@ class Explanation:
         gain = f"{min(measured):.2f}x" if measured else "-"
         gain += f" ({first.limit:.1f}x)" if first.limit else ""
         joined = f"; one kernel with {', '.join(n.rpartition('.')[2] for n in first.joined)}" if first.joined else ""
-        return [name, shape, first.spec or "-", size, first.decision, gain, first.reason + joined]
+        why = Text(printable(first.reason + joined))
+        return [Text(name), shape, first.spec or "-", size, first.decision, gain, why]
 
     def _summary(self) -> str:
         from rich.filesize import decimal
 
         totals = self.totals
+        what = "linears" if all(layer.linear for layer in self.layers) else "linears and other weights"
         lines = [
-            f"{totals['sparse']} of {totals['layers']} linears run sparse; the weights of all take "
+            f"{totals['sparse']} of {totals['layers']} {what} run sparse; the weights of all take "
             f"{decimal(totals['stored_bytes'])} as they run, {decimal(totals['dense_bytes'])} dense."
         ]
         if totals["seconds"] is not None:

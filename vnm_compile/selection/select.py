@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from vnm_compile.annotate import Layer, Selector, select_layers
+from vnm_compile.checks import check_usable
 from vnm_compile.errors import VNMError
 from vnm_compile.prune import sparsify
-from vnm_compile.prune.calibrate import as_evaluated
+from vnm_compile.prune.batches import as_batches
+from vnm_compile.prune.calibrate import calibrating
 from vnm_compile.report.cost import CostModel
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.selection.layer_errors import layer_errors
@@ -57,7 +60,7 @@ def select_spec(
         tokens: rows of the activations that the time is for: 1 when generating, batch x length otherwise.
         seconds: measured times; without them those of `vnm_compile.report.CostModel`, limits that kernels approach,
             on the device that holds the model.
-        calibration: batches of model inputs, for the check and for the errors per layer.
+        calibration: batches of model inputs, as for `vnm.sparsify`, for the check and for the errors per layer.
         loss: `loss(model, batch)`, a number; without it the mean relative output error of the layers is compared.
         method: how copies are pruned for the check.
         check: how many of the best candidates are tried out where there is calibration data.
@@ -68,19 +71,23 @@ def select_spec(
         The table, and the choice, which `vnm.sparsify` takes as it is.
 
     Raises:
-        VNMError: no candidate reaches the speed-up, there are no layers, a number is out of range, or scipy is missing.
+        VNMError: no candidate reaches the speed-up, there are no layers or one whose weight cannot be pruned, a number
+            is out of range, the data is no model input, or scipy is missing.
     """
     specs = list(dict.fromkeys(Spec.parse(each) for each in candidates))
-    if not specs or not speedup > 0 or tokens < 1 or check < 1:
+    numbers = all(isinstance(number, int | float) for number in (speedup, tokens, check))
+    if not specs or not numbers or not speedup > 0 or tokens < 1 or check < 1:
         raise VNMError("select_spec takes at least one candidate, a speedup above 0, and tokens and check from 1 on.")
+    model = getattr(model, "_orig_mod", model)
     layers = [layer for layer, _ in select_layers(model, Spec(1, 1, 4), include, exclude)]
     if not layers:
         raise VNMError("the model has no linear layer that a pattern could be chosen for.")
+    check_usable(layers)
     times = _Times(layers, tokens, seconds)
     fitting = {spec: _fitting(layers, spec) for spec in specs}
     rows = {spec: _candidate(layers, fitting[spec], spec, times) for spec in specs}
     ranked = sorted(specs, key=lambda spec: (rows[spec].speedup < speedup, -rows[spec].log_masks))
-    batches = list(calibration) if calibration is not None else []
+    batches = as_batches(calibration)
     if per_layer:
         return _per_layer(model, layers, specs, rows, fitting, times, speedup, batches, progress)
     fast = [spec for spec in ranked if rows[spec].speedup >= speedup]
@@ -113,7 +120,7 @@ class _Times:
                 device = layer.weight.device.type
                 model = CostModel.on(device, out_features, in_features, spec or Spec(1, 2, 4), layer.weight.dtype)
                 time = model.time_at(self._tokens, sparse=spec is not None)
-            if not time > 0:
+            if not isinstance(time, int | float) or not time > 0:
                 raise VNMError(
                     f"seconds({out_features}, {in_features}, {spec}) returned {time!r}; it must be positive."
                 )
@@ -158,8 +165,11 @@ def _try_out(
     )  # fmt: skip
     if loss is None:
         return sum(layer.held_out_error or 0.0 for layer in report.layers) / len(report.layers)
-    with torch.no_grad(), as_evaluated(pruned):
-        return sum(float(loss(pruned, batch)) for batch in batches) / len(batches)
+    with torch.no_grad(), calibrating(pruned):
+        mean = sum(float(loss(pruned, batch)) for batch in batches) / len(batches)
+    if not math.isfinite(mean):
+        raise VNMError(f"the mean loss of the model pruned to {spec} is {mean}; a loss has to be a finite number.")
+    return mean
 
 
 def _per_layer(

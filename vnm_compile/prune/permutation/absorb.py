@@ -110,7 +110,7 @@ class ChannelOrders:
 def _check(order: ChannelOrder, permutation: Tensor) -> None:
     if order.reason is not None:
         raise VNMError(f"the order of {order.weights[0]} is not free: {order.reason}.")
-    numbers = torch.arange(order.size)
+    numbers = torch.arange(order.size, device="cpu")
     if permutation.shape != numbers.shape or not torch.equal(permutation.sort().values, numbers):
         raise VNMError(f"not a permutation of the {order.size} channels of {order.weights[0]}.")
     if not torch.equal(permutation // order.block, numbers // order.block):

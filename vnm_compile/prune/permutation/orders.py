@@ -254,7 +254,7 @@ def positions(dim: Dim, axis: ChannelAxis) -> Tensor:
     """Where in a dimension each channel of the axis stands: int64 `[size, copies]`; `[size, 0]` if nowhere."""
     channel = _channels(resolve(dim), axis)
     if channel is None:
-        return torch.zeros(axis.size, 0, dtype=torch.int64)
+        return torch.zeros(axis.size, 0, dtype=torch.int64, device="cpu")
     return channel.argsort(stable=True).view(axis.size, -1)
 
 
@@ -267,7 +267,7 @@ def reordered(dim: Dim, axis: ChannelAxis, order: Tensor) -> Tensor | None:
     place = positions(dim, axis)
     if place.shape[1] == 0:
         return None
-    index = torch.empty(size_of(resolve(dim)), dtype=torch.int64)
+    index = torch.empty(size_of(resolve(dim)), dtype=torch.int64, device="cpu")
     index[place] = place[order]
     return index
 
@@ -277,8 +277,8 @@ def _channels(dim: Dim, axis: ChannelAxis) -> Tensor | None:
     mine = [(digit.stride, digit.size) for digit in dim if digit.axis is axis]
     if not mine or not tiles(mine, axis.size):
         return None
-    total, weight = torch.zeros(size_of(dim), dtype=torch.int64), 1
-    index = torch.arange(size_of(dim))
+    total, weight = torch.zeros(size_of(dim), dtype=torch.int64, device="cpu"), 1
+    index = torch.arange(size_of(dim), device="cpu")
     for digit in reversed(dim):
         if digit.axis is axis:
             total += index // weight % digit.size * digit.stride

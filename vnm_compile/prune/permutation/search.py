@@ -82,12 +82,12 @@ def search(
     """
     size = _channels(uses)
     block = size if block is None else block
-    order = torch.arange(size)
+    order = torch.arange(size, device="cpu")
     before = sum(retained(use.scores, use.spec) for use in uses)
     columns, rows = _movable(uses, block)
     if not columns and not rows:
         return order, before, before
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     best, value = order.clone(), sum(each.value() for each in (*columns, *rows))
     sweeps = min(max(_MOVES // size, _SWEEPS[0]), _SWEEPS[1]) if sweeps is None else sweeps
     for sweep in range(sweeps):
@@ -106,7 +106,7 @@ def search(
             break
     after = sum(retained(_moved(use, best), use.spec) for use in uses)
     if after <= before:
-        return torch.arange(size), before, before
+        return torch.arange(size, device="cpu"), before, before
     return best, before, after
 
 
@@ -128,10 +128,10 @@ def _movable(uses: Sequence[Use], block: int) -> tuple[list[ColumnUse], list[Row
             continue
         place = use.positions
         if place is None:
-            place = torch.arange(use.scores.shape[use.dim]).unsqueeze(1)
+            place = torch.arange(use.scores.shape[use.dim], device="cpu").unsqueeze(1)
         unit = use.spec.v if use.dim == 0 else use.spec.m
         units = place // unit
-        blocks = torch.arange(len(place)) // block
+        blocks = torch.arange(len(place), device="cpu") // block
         same = all(bool((units[blocks == b] == units[blocks == b][:1]).all()) for b in blocks.unique())
         if same or (use.dim == 0 and use.spec.m == 4):
             continue
@@ -147,7 +147,7 @@ def _movable(uses: Sequence[Use], block: int) -> tuple[list[ColumnUse], list[Row
 
 def _independent_sets(columns: Sequence[ColumnUse], size: int, generator: torch.Generator) -> list[Tensor]:
     """All channels, in sets of which no two share a group of any column use."""
-    left = torch.randperm(size, generator=generator).tolist()
+    left = torch.randperm(size, generator=generator, device="cpu").tolist()
     groups = [[list(map(int, row)) for row in use.groups] for use in columns]
     sets = []
     while left:
@@ -162,7 +162,7 @@ def _independent_sets(columns: Sequence[ColumnUse], size: int, generator: torch.
                     seen.update(group[channel])
             else:
                 later.append(channel)
-        sets.append(torch.tensor(taken))
+        sets.append(torch.tensor(taken, device="cpu"))
         left = later
     return sets
 
@@ -180,13 +180,17 @@ def _assign(
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise VNMError('channel permutation needs SciPy; run pip install "vnm-compile[prune]".') from error
-    worth = torch.zeros(len(places), len(places), dtype=torch.float64)
+    worth = torch.zeros(len(places), len(places), dtype=torch.float64, device="cpu")
     for each in (*columns, *rows):
         worth += each.worth(places).double().cpu()
     if noise > 0:
         # What is the same for a whole row or column of the matrix makes no difference to the assignment.
         differing = worth - worth.mean(0) - worth.mean(1, keepdim=True) + worth.mean()
-        worth += noise * differing.square().mean().sqrt() * torch.randn(worth.shape, generator=generator).double()
+        worth += (
+            noise
+            * differing.square().mean().sqrt()
+            * torch.randn(worth.shape, generator=generator, dtype=torch.float32, device="cpu").double()
+        )
     home = places // block
     worth[home.unsqueeze(1) != home] = -1e6  # the worth of a place is a share, at most 1 a use
     place, source = map(torch.from_numpy, linear_sum_assignment(worth.numpy(), maximize=True))
@@ -196,7 +200,7 @@ def _assign(
 
 def _moved(use: Use, order: Tensor) -> Tensor:
     """The scores of a use in a new order."""
-    place = use.positions if use.positions is not None else torch.arange(len(order)).unsqueeze(1)
-    index = torch.arange(use.scores.shape[use.dim])
+    place = use.positions if use.positions is not None else torch.arange(len(order), device="cpu").unsqueeze(1)
+    index = torch.arange(use.scores.shape[use.dim], device="cpu")
     index[place] = place[order]
     return use.scores.index_select(use.dim, index.to(use.scores.device))
