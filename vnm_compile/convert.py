@@ -45,7 +45,7 @@ def compress_model(
         VNMError: a layer breaks its pattern, or nothing in the model follows one.
     """
     chosen = _patterns(model, spec, include, exclude)
-    if not chosen:
+    if not chosen and not any(isinstance(layer.module.weight, VNMTensor) for layer in linear_layers(model)):
         raise VNMError("no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one.")
     for layer, layer_spec in chosen:
         if not matches(layer.weight, layer_spec):

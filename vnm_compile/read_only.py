@@ -1,0 +1,60 @@
+"""Views of a compressed weight: they can be read, and a write into them, which would be lost, is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from vnm_compile.errors import VNMError
+
+
+class ReadOnly(Tensor):
+    """A view (`weight[3]`, `weight.narrow(...)`) of a weight that was unpacked for it.
+
+    Reads as any tensor does, and what is computed from it is an ordinary tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(result: Any) -> Any:
+        """Mark the tensors of `result` as views that are not to be written to."""
+        return tree_map_only(Tensor, lambda each: torch.Tensor._make_subclass(ReadOnly, each), result)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for i, info in enumerate(func._schema.arguments):
+            given = args[i] if i < len(args) else kwargs.get(info.name)
+            writes = info.alias_info is not None and info.alias_info.is_write
+            if writes and any(isinstance(leaf, ReadOnly) for leaf in tree_leaves(given)):
+                raise VNMError(
+                    f"{func} writes into a view of a compressed weight, where it would be lost. Call "
+                    "vnm.decompress_model(model) first, or clone the view."
+                )
+        plain_args, plain_kwargs = tree_map_only(ReadOnly, _plain, (args, kwargs))
+        result = func(*plain_args, **plain_kwargs)
+        views = any(info.alias_info is not None for info in func._schema.returns)
+        return ReadOnly.of(result) if views else result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = _plain(self.detach()).clone().requires_grad_(self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(_plain(self))
+
+
+def _plain(view: Tensor) -> Tensor:
+    with torch._C._DisableTorchDispatch():
+        return torch.Tensor._make_subclass(Tensor, view)

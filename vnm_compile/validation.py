@@ -1,0 +1,132 @@
+"""Arrays that come from outside (a checkpoint, another process, a caller), checked before a kernel sees them.
+
+A kernel takes offsets and indices from `columns` and `metadata` and trusts the sizes it is given: arrays that do not
+hold what the format promises make it read memory that is not the weight's, or the activation's.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from vnm_compile.errors import VNMError
+from vnm_compile.format import Packed
+from vnm_compile.spec import Spec
+
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes that compressed weights have."""
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+_REMEDY = "The file or the arrays are damaged or not made by vnm_compile; compress the weight again."
+
+
+def own_arrays(packed: Packed, spec: Spec, out_features: int, in_features: int) -> Packed:
+    """Check arrays from outside and return them as tensors that nobody else can resize, over the same memory.
+
+    Args:
+        packed: what are to be the canonical arrays (see `vnm_compile.format`).
+        spec: the pattern.
+        out_features, in_features: size of the weight.
+
+    Returns:
+        The arrays, contiguous; copies where they were not. Contents are looked at where there are any (fake and meta
+        arrays have none).
+
+    Raises:
+        VNMError: types, dtypes, devices, shapes or contents are not those of the format.
+    """
+    for name, array in zip(packed._fields, packed, strict=True):
+        if type(array) not in _PLAIN or array.layout != torch.strided or array.is_quantized:
+            raise _refused(f"its {name} are a {type(array).__name__}, not a plain tensor")
+    _check_form(packed, spec, out_features, in_features)
+    owned = Packed(*(_owned(name, array) for name, array in zip(packed._fields, packed, strict=True)))
+    if _storages_come_later():
+        raise VNMError("a compressed weight cannot be read from torch's format before 1.6; save it with torch.save.")
+    if not any(array.is_meta or isinstance(array, FakeTensor) for array in owned):
+        with torch.no_grad():
+            _check_contents(owned, spec, out_features, in_features)
+    return owned
+
+
+def _check_form(packed: Packed, spec: Spec, out_features: int, in_features: int) -> None:
+    values, metadata, columns = packed
+    if values.dtype not in VALUE_DTYPES:
+        raise _refused(f"its values are {values.dtype}; float32, bfloat16, float16 and float64 are handled")
+    for name, array, dtype in (("metadata", metadata, torch.uint8), ("columns", columns, spec.column_dtype)):
+        if array.dtype != dtype:
+            raise _refused(f"its {name} are {array.dtype}, expected {dtype}")
+        if array.device != values.device:
+            raise _refused(f"its {name} are on {array.device}, its values on {values.device}")
+    shapes = spec.packed_shapes(out_features, in_features)
+    for name, array, shape in zip(packed._fields, packed, shapes, strict=True):
+        if tuple(array.shape) != shape:
+            raise _refused(
+                f"its {name} have shape {list(array.shape)}, expected {list(shape)} for a weight "
+                f"[{out_features}, {in_features}] with pattern {spec}"
+            )
+
+
+def _owned(name: str, array: Tensor) -> Tensor:
+    """A tensor object of our own over the memory of `array`."""
+    array = array.detach().resolve_neg().contiguous()
+    if isinstance(array, FakeTensor) or array.is_meta:
+        return array
+    storage = array.untyped_storage()
+    if (array.storage_offset() + array.numel()) * array.element_size() > storage.nbytes():
+        raise _refused(f"its {name} reach beyond their storage")
+    return array
+
+
+def _storages_come_later() -> bool:
+    """Whether this runs inside torch.load of an old file, which fills storages after the objects are made from them."""
+    code = getattr(getattr(torch.serialization, "_legacy_load", None), "__code__", None)
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _check_contents(packed: Packed, spec: Spec, out_features: int, in_features: int) -> None:
+    values, metadata, columns = packed
+    if not columns.numel():
+        return
+    offsets = columns.int()
+    if int(offsets.max()) >= spec.m:
+        raise _refused(f"a column offset is {int(offsets.max())}, beyond the {spec.m} columns of a group")
+    if not bool((offsets[..., 1:] > offsets[..., :-1]).all()):
+        raise _refused("the column offsets of a block are not increasing")
+    if spec.n == 2 and not _increasing(metadata, spec.groups(in_features)):
+        raise _refused("the two indices of a group in its metadata are not increasing")
+    if bool((values[out_features:] != 0).any()):
+        raise _refused(f"rows past the {out_features} of the weight hold values")
+    real = in_features % spec.m
+    if real and not _tail_is_empty(packed, spec, real):
+        raise _refused(f"columns past the {in_features} of the weight hold values")
+
+
+def _increasing(metadata: Tensor, groups: int) -> bool:
+    """Whether the two indices of every group increase, where n is 2: a byte holds two groups."""
+    low = (metadata & 3) < (metadata >> 2 & 3)
+    high = (metadata >> 4 & 3) < (metadata >> 6)
+    # With an odd number of groups the upper half of a row's last byte is padding.
+    return bool(low.all() and high[:, : groups // 2].all())
+
+
+def _tail_is_empty(packed: Packed, spec: Spec, real: int) -> bool:
+    """Whether no value of the tail group stands in a column that the weight does not have."""
+    width = packed.values.shape[1]
+    tail = packed.values[:, width - spec.n :]
+    position = torch.arange(width - spec.n, width, device=tail.device)
+    shifts = (position % 4 * 2).to(torch.uint8)
+    indices = packed.metadata[:, position // 4] >> shifts & 3
+    offsets = packed.columns[:, -1].int().repeat_interleave(spec.v, 0).gather(1, indices.long())
+    return not bool(((tail != 0) & (offsets >= real)).any())
+
+
+def _refused(what: str) -> VNMError:
+    return VNMError(f"not a compressed weight: {what}. {_REMEDY}")
