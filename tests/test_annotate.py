@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from vnm_compile import Spec, VNMError, annotate
+from vnm_compile import Spec, VNMError, annotate, compress_model, detect, sparsify
 from vnm_compile.annotate import annotation_of, annotations_by_weight, linear_layers
 
 
@@ -106,3 +106,76 @@ def test_annotations_survive(change):
     assert str(by_weight[id(changed.q.weight)].spec) == "64:2:8"
     assert by_weight[id(changed.mlp[0].weight)].name == "mlp.0"
     assert id(changed.mlp[2].weight) not in by_weight
+
+
+def test_what_says_nothing_is_an_error():
+    for spec, include, message in (
+        (None, None, "None is not a V:N:M pattern"),
+        ({}, None, "mapping is empty"),
+        ({"q": None}, None, "none of the 4 linear layers"),
+        ("64:2:8", [], "include is empty"),
+        ("64:2:8", 3, "include is 3"),
+        ("64:2:8", [None], "include is None"),
+        ({3: "64:2:8"}, None, "a key of spec is 3"),
+        ("1024:2:8", None, "none of the 4 linear layers"),
+        ("64:2:512", None, "none of the 4 linear layers"),
+    ):
+        block = Block()
+        with pytest.raises(VNMError, match=message):
+            annotate(block, spec, include=include)
+        assert not any(annotation_of(layer.module) for layer in linear_layers(block))
+    with pytest.raises(VNMError, match="has no linear layer"):
+        annotate(nn.Sequential(nn.ReLU()), "64:2:8")
+
+
+def test_a_shared_weight_is_refused_by_name_and_left_out_by_glob():
+    def overlapping():
+        tied = Tied()
+        tied.head.weight = nn.Parameter(tied.embedding.weight.detach()[:])
+        return tied
+
+    for make in (Tied, overlapping):
+        for change in (annotate, sparsify, compress_model):
+            tied = make()
+            before = tied.embedding.weight.clone()
+            with pytest.raises(VNMError, match=r"^head: its weight is also embedding\.weight"):
+                change(tied, "64:2:8", include=["head", "block.q"])
+            assert torch.equal(tied.embedding.weight, before)
+            assert tied.head.weight.data_ptr() == tied.embedding.weight.data_ptr()
+        for include in ("*", nn.Linear):
+            assert "head" not in annotate(make(), "64:2:8", include=include)
+
+
+def test_names_of_a_compiled_model_and_of_its_original_are_the_same():
+    block = Block()
+    block.mlp = torch.compile(block.mlp)
+    compiled = torch.compile(block)
+    names = [layer.name for layer in linear_layers(block)]
+    assert names == ["q", "mlp.0", "mlp.2", "tiny"]
+    assert [layer.name for layer in linear_layers(compiled)] == names
+    for model in (block, compiled):
+        for include in ("mlp.0", "_orig_mod.mlp.0", "_orig_mod.mlp._orig_mod.0"):
+            assert annotate(model, "64:2:8", include=include) == ["mlp.0"]
+            assert annotate(model, {include: "64:2:8"}) == ["mlp.0"]
+
+
+class Adapted(nn.Module):
+    """A layer with adapters as peft makes it, and one as others do."""
+
+    adapter_layer_names = ("down", "up")
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(64, 64)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(64, 64, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(64, 64, bias=False)})
+        self.down = nn.ModuleDict({"default": nn.Linear(64, 64)})
+
+
+def test_adapters_are_no_targets_unless_they_are_meant():
+    model = nn.ModuleDict({"q": Adapted(), "explorations": nn.Linear(64, 64)})
+    for include in (None, "*", nn.Linear):
+        assert annotate(model, "64:2:8", include=include) == ["q.base_layer", "explorations"]
+    assert annotate(model, "64:2:8", include="*.lora_A.*") == ["q.lora_A.default"]
+    assert annotate(model, "64:2:8", include="q.down.default") == ["q.down.default"]
+    assert detect(torch.zeros(64, 64)) is None

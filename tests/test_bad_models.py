@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 
 from tests.support import make_sparse_
+from vnm_compile import VNMError, VNMTensor, annotate, compress_model, decompress_model
 from vnm_compile.annotate import linear_layers
 from vnm_compile.checks import why_unusable
 
@@ -147,3 +148,57 @@ def test_weights_that_cannot_be_written():
         layer = list(linear_layers(broken))[1]
         assert why_unusable(layer) is None
         assert "clone" in why_unusable(layer, written=True)
+
+
+def contents(module):
+    return {name: (id(value), value._version) for name, value in [*module.named_parameters(), *module.named_buffers()]}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_model_with_such_a_layer_is_refused_whole(kind):
+    broken = model()
+    BROKEN[kind][0](broken[2])
+    before = contents(broken)
+    for spec in (None, SPEC):
+        with pytest.raises(VNMError, match=r"^2: its weight") as caught:
+            compress_model(broken, spec)
+        assert "exclude" in str(caught.value) or kind in ("meta", "offloaded", "fake")
+    if kind not in ("meta", "offloaded", "fake"):
+        with pytest.raises(VNMError, match=r"^2: its weight"):
+            annotate(broken, SPEC)
+    assert contents(broken) == before
+    assert annotate(broken, SPEC, exclude="2") == ["0"]
+    assert compress_model(broken, exclude="2") == ["0"]
+
+
+def test_layers_of_no_size_are_left_out():
+    assert annotate(nn.Sequential(nn.Linear(64, 64), nn.Linear(0, 64), nn.Linear(64, 0)), "1:1:4") == ["0"]
+
+
+def test_annotating_needs_no_values():
+    with torch.device("meta"):
+        layers = nn.Sequential(nn.Linear(64, 64))
+    assert annotate(layers, SPEC) == ["0"]
+
+
+def test_lazy_layers_are_refused():
+    with pytest.raises(VNMError, match="run one batch"):
+        compress_model(nn.Sequential(nn.LazyLinear(64)), SPEC)
+
+
+def test_decompressing_without_values_is_refused():
+    broken = model()
+    compress_model(broken)
+    broken[2].to("meta")
+    with pytest.raises(VNMError, match=r"^2: its weight is on the meta device"):
+        decompress_model(broken)
+    assert isinstance(broken[0].weight, VNMTensor)
+
+
+def test_shared_compressed_weights_stay_shared():
+    shared = model()
+    compress_model(shared)
+    shared.append(nn.Linear(64, 64))
+    shared[3].weight = shared[2].weight
+    assert decompress_model(shared) == ["0", "2", "3"]
+    assert shared[3].weight is shared[2].weight

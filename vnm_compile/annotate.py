@@ -6,8 +6,9 @@ modules, finds the pattern of a weight. It survives `copy.deepcopy`, pickling, `
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.checks import check_usable, why_unusable
+from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.spec import Spec
 
 Selector = str | type[nn.Module]
 """A layer name, a glob over names (`"*.mlp.*"`), or a module class."""
 
 _ATTRIBUTE = "_vnm_annotation"
+_COMPILED = "_orig_mod"
+_ADAPTER = re.compile(r"(^|_)lora(_|$)", re.IGNORECASE)
 _annotated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -67,10 +71,13 @@ class Layer:
 
 
 def linear_layers(model: nn.Module) -> Iterator[Layer]:
-    """Every nn.Linear and transformers Conv1D of a model, by its qualified name, each once."""
+    """Every nn.Linear and transformers Conv1D of a model, by its qualified name, each once.
+
+    The `_orig_mod` that torch.compile puts into names is left out: a model and its compiled form name layers alike.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or _is_conv1d(module):
-            yield Layer(name, module)
+            yield Layer(_uncompiled(name), module)
 
 
 def select_layers(
@@ -81,8 +88,9 @@ def select_layers(
 ) -> list[tuple[Layer, Spec]]:
     """Return the layers that `annotate` and `sparsify` mean by these arguments, with the pattern of each.
 
-    Left out unless `include` or a key of `spec` names them: the model's output head, weights shared with another
-    module (tied embeddings), and layers smaller than one block of the pattern.
+    Left out unless `include` or a key of `spec` names them: the model's output head, layers smaller than one block of
+    the pattern, and low-rank adapters (which a selector has to mean: `"*.lora_A.*"`, not `"*"`). A weight that is
+    shared with another module (tied embeddings) is never taken.
 
     Args:
         spec: one pattern, or a pattern per selector; the first selector that fits a layer counts, None leaves the
@@ -91,14 +99,17 @@ def select_layers(
         exclude: selectors of layers to leave out; wins over `include`.
 
     Raises:
-        VNMError: a selector fits no layer of the model, or a pattern cannot be read.
+        VNMError: a selector fits no layer of the model or is the name of one whose weight is shared, `spec` or
+            `include` is empty, or a pattern cannot be read.
     """
-    rules = dict(spec) if isinstance(spec, Mapping) else {"*": spec}
+    rules = _rules(spec)
     specs = {key: None if rule is None else Spec.parse(rule) for key, rule in rules.items()}
-    wanted, unwanted = _selectors(include), _selectors(exclude)
+    wanted, unwanted = _selectors("include", include), _selectors("exclude", exclude)
+    if wanted == ():
+        raise VNMError("include is empty and names no layer; leave it out to take all layers.")
     unused = {*rules, *(wanted or ()), *(unwanted or ())}
     every = frozenset(unused)
-    shared, head = _shared_weights(model), _output_head(model)
+    shared, head, adapters = shared_weights(model), _inside(_output_head(model)), _adapters(model)
     selected: list[tuple[Layer, Spec]] = []
     for layer in linear_layers(model):
         fitting = {selector for selector in every if _fits(selector, layer)}
@@ -106,10 +117,16 @@ def select_layers(
         chosen = next((specs[key] for key in rules if key in fitting), None)
         if chosen is None or fitting & set(unwanted or ()) or (wanted is not None and not fitting & set(wanted)):
             continue
+        others = shared.get(id(layer.module._parameters.get("weight")))
+        if others and layer.name in fitting:
+            raise _shared_error(layer, others)
+        if others or (layer.module in adapters and not any(_means_adapters(each, layer) for each in fitting)):
+            continue
         named = wanted is not None or any(isinstance(s, str) and not _is_glob(s) for s in fitting)
-        unsuited = layer.module is head or id(layer.module.weight) in shared or _too_small(layer, chosen)
-        if named or not unsuited:
+        if named or not (layer.module in head or _too_small(layer, chosen)):
             selected.append((layer, chosen))
+    if unused and next(linear_layers(model), None) is None:
+        raise VNMError("the model has no linear layer (nn.Linear, or Conv1D of transformers).")
     if unused:
         shown = ", ".join(sorted(s if isinstance(s, str) else s.__name__ for s in unused))
         raise VNMError(f"no linear layer of the model fits {shown}; vnm.explain(model) lists their names.")
@@ -131,12 +148,16 @@ def annotate(
         The names of the annotated layers.
 
     Raises:
-        VNMError: as `select_layers`.
+        VNMError: as `select_layers`; nothing is left to annotate; or a layer's weight is none that can be handled
+            (see `vnm_compile.checks`). No layer is annotated then.
 
     >>> annotate(nn.Sequential(nn.Linear(64, 64)), "64:2:8")
     ['0']
     """
     selected = select_layers(model, spec, include, exclude)
+    if not selected:
+        raise _nothing_selected(model, spec)
+    check_usable((layer for layer, _ in selected), values=False)
     for layer, layer_spec in selected:
         set_annotation(layer.module, layer_spec, layer.name)
     return [layer.name for layer, _ in selected]
@@ -169,10 +190,29 @@ def annotations_by_weight() -> dict[int, Annotation]:
     return found
 
 
-def _selectors(given: Iterable[Selector] | Selector | None) -> tuple[Selector, ...] | None:
+def _rules(
+    spec: Spec | str | Mapping[Selector, Spec | str | None],
+) -> dict[Selector, Spec | str | None]:
+    if not isinstance(spec, Mapping):
+        return {"*": Spec.parse(spec)}
+    if not spec:
+        raise VNMError('no pattern is given: the mapping is empty; write {"*.mlp.*": "64:2:8"}, for example.')
+    return dict(zip(_selectors("a key of spec", spec) or (), spec.values(), strict=True))
+
+
+def _selectors(what: str, given: Iterable[Selector] | Selector | None) -> tuple[Selector, ...] | None:
     if given is None:
         return None
-    return (given,) if isinstance(given, str | type) else tuple(given)
+    several = (given,) if isinstance(given, str | type) or not isinstance(given, Iterable) else tuple(given)
+    for each in several:
+        if not isinstance(each, str | type):
+            raise VNMError(f"{what} is {each!r}; a selector is a layer name, a glob such as '*.mlp.*', or a class.")
+    return tuple(_uncompiled(each) if isinstance(each, str) else each for each in several)
+
+
+def _uncompiled(name: str) -> str:
+    """A layer's name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 
 def _is_glob(selector: str) -> bool:
@@ -192,22 +232,93 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module of the model holds."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (shared if id(parameter) in seen else seen).add(id(parameter))
+def shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """The parameters that have more than one place in the model, by id, with the names of all their places.
+
+    Two parameters over the same memory count as one.
+    """
+    places: dict[int, list[str]] = {}
+    spans: list[tuple[int, int, int]] = []
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in places:
+                spans += _span(parameter)
+            places.setdefault(id(parameter), []).append(_uncompiled(f"{prefix}.{name}".lstrip(".")))
+    shared = {key: names for key, names in places.items() if len(names) > 1}
+    furthest, one = 0, 0
+    for start, end, other in sorted(spans):
+        if start < furthest:
+            shared[one] = shared[other] = places[one] + places[other]
+        if end > furthest:
+            furthest, one = end, other
     return shared
+
+
+def _span(parameter: Tensor) -> list[tuple[int, int, int]]:
+    """First and last byte of a contiguous parameter, and its id; nothing where that is not known."""
+    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout == torch.strided
+    if not plain or parameter.is_meta or not parameter.numel() or not parameter.is_contiguous():
+        return []
+    start = parameter.data_ptr()
+    return [(start, start + parameter.numel() * parameter.element_size(), id(parameter))] if start else []
+
+
+def _shared_error(layer: Layer, places: Sequence[str]) -> VNMError:
+    others = ", ".join(name for name in places if name != f"{layer.name}.weight".lstrip("."))
+    return at_layer(
+        layer.name,
+        f"its weight is also {others}, which would change with it. Untie it first (layer.weight = "
+        "nn.Parameter(layer.weight.detach().clone()); in transformers also config.tie_word_embeddings = False), "
+        "or leave this layer out.",
+    )
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    try:
+        return get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # a base model without one
+        return None
+
+
+def _inside(module: nn.Module | None) -> set[nn.Module]:
+    return set(module.modules()) if isinstance(module, nn.Module) else set()
+
+
+def _adapters(model: nn.Module) -> set[nn.Module]:
+    """The modules that belong to low-rank adapters: those that a peft layer lists as such, or that are named so."""
+    found: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if any(_ADAPTER.search(part) for part in name.split(".")):
+            found |= _inside(module)
+        for attribute in getattr(type(module), "adapter_layer_names", ()):
+            found |= _inside(getattr(module, attribute, None))
+    return found
+
+
+def _means_adapters(selector: Selector, layer: Layer) -> bool:
+    """Whether a selector asks for an adapter's layers, where `"*"` or a class only happens to fit them."""
+    if isinstance(selector, type):
+        return False
+    return selector == layer.name or any(_ADAPTER.search(part) for part in selector.split("."))
 
 
 def _too_small(layer: Layer, spec: Spec) -> bool:
+    if why_unusable(layer, values=False) is not None:
+        # What is wrong with it is said by whoever needs the weight; a layer of no size needs no saying.
+        weight = layer.module._parameters.get("weight")
+        return weight is not None and not nn.parameter.is_lazy(weight) and weight.dim() == 2 and weight.numel() == 0
     out_features, in_features = layer.weight.shape
     return out_features < spec.v or in_features < spec.m
+
+
+def _nothing_selected(model: nn.Module, spec: object) -> VNMError:
+    count = sum(1 for _ in linear_layers(model))
+    shown = ", ".join(map(str, spec.values())) if isinstance(spec, Mapping) else str(spec)
+    return VNMError(
+        f"none of the {count} linear layers is left to annotate with {shown}: output heads, tied weights, "
+        "adapters and layers smaller than one block (V rows, M columns) are left out. Choose a smaller V or M, or name "
+        "the layers: include=[...]."
+    )

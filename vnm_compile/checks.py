@@ -36,8 +36,10 @@ def why_unusable(layer: Layer, *, written: bool = False, values: bool = True) ->
     weight = layer.module._parameters.get("weight")
     if weight is None:
         return _why_no_parameter(layer.module)
+    if nn.parameter.is_lazy(weight):
+        return "its weight has no shape yet (a lazy module); run one batch through the model first."
     if isinstance(weight, VNMTensor):
-        return None
+        return _why_no_values(layer.module, weight.values) if values else None
     return (
         (_why_no_values(layer.module, weight) if values else None)
         or _why_other_storage(weight)
@@ -85,8 +87,6 @@ def _why_no_parameter(module: nn.Module) -> str:
 
 
 def _why_no_values(module: nn.Module, weight: Tensor) -> str | None:
-    if nn.parameter.is_lazy(weight):
-        return "its weight has no shape yet (a lazy module); run one batch through the model first."
     if isinstance(weight, FakeTensor):
         return "its weight is a FakeTensor and has no values; leave FakeTensorMode and load the model for real."
     if weight.is_meta and hasattr(module, "_hf_hook"):
@@ -102,7 +102,7 @@ def _why_no_values(module: nn.Module, weight: Tensor) -> str | None:
 def _why_other_storage(weight: Tensor) -> str | None:
     """Why the values of a weight are not where those of a plain tensor are."""
     kind = type(weight)
-    if nn.parameter.is_lazy(weight) or isinstance(weight, FakeTensor):
+    if isinstance(weight, FakeTensor):
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(weight):
         return "its weight is inside torch.func.vmap or grad; do this outside of the transformed function."
@@ -129,8 +129,6 @@ def _overrides_dispatch(kind: type) -> bool:
 
 def _why_other_form(layer: Layer, weight: Tensor) -> str | None:
     """Why dtype or shape of a weight are not those of a layer's matrix."""
-    if nn.parameter.is_lazy(weight):
-        return None
     if weight.dtype not in HANDLED_DTYPES:
         return (
             f"its weight is {weight.dtype}; weights of float32, bfloat16 and float16 (and float64) are handled. "

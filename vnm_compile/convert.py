@@ -16,6 +16,7 @@ from vnm_compile.annotate import (
     select_layers,
     set_annotation,
 )
+from vnm_compile.checks import check_usable
 from vnm_compile.errors import VNMError
 from vnm_compile.format import matches
 from vnm_compile.memory import return_freed_memory
@@ -42,7 +43,8 @@ def compress_model(
         grad. Either all of them are replaced, or, on an error, none.
 
     Raises:
-        VNMError: a layer breaks its pattern, or nothing in the model follows one.
+        VNMError: a layer breaks its pattern, its weight is none that can be compressed (see `vnm_compile.checks`) or is
+            shared with another module, or nothing in the model follows a pattern.
     """
     chosen = _patterns(model, spec, include, exclude)
     if not chosen and not any(isinstance(layer.module.weight, VNMTensor) for layer in linear_layers(model)):
@@ -52,10 +54,10 @@ def compress_model(
             compress(layer.weight, layer_spec, layer.name)  # raises, and shows where
     for layer, layer_spec in chosen:
         # One at a time: the dense weight is freed before the next one is packed.
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             weight = compress(layer.weight, layer_spec, layer.name)
             packed = weight.t() if layer.transposed else weight
-        layer.module.weight = nn.Parameter(packed, requires_grad=False)
+            layer.module.weight = nn.Parameter(packed, requires_grad=False)
         set_annotation(layer.module, layer_spec, layer.name)
     return_freed_memory()
     return [layer.name for layer, _ in chosen]
@@ -64,15 +66,30 @@ def compress_model(
 def decompress_model(model: nn.Module) -> list[str]:
     """Replace the compressed weights of `model` by dense ones, in place; returns the names of those layers.
 
-    The dense weights equal, bit for bit, those that were compressed, and do not require grad. Annotations stay.
+    The dense weights equal, bit for bit, those that were compressed, and do not require grad. Weights that are shared
+    stay shared. Annotations stay.
+
+    Raises:
+        VNMError: a compressed weight has no values (it is on the meta device, or offloaded). Nothing is changed then.
     """
-    names = []
-    for layer in linear_layers(model):
+    compressed = [layer for layer in linear_layers(model) if isinstance(layer.module.weight, VNMTensor)]
+    check_usable(compressed)
+    holders = [module for module in model.modules() if any(map(_is_compressed, module._parameters.values()))]
+    for layer in compressed:
         weight = layer.module.weight
-        if isinstance(weight, VNMTensor):
-            layer.module.weight = nn.Parameter(weight.to_dense().contiguous(), requires_grad=False)
-            names.append(layer.name)
-    return names
+        if not isinstance(weight, VNMTensor):
+            continue  # shared with a layer before
+        with torch.inference_mode(False), torch.no_grad():
+            dense = nn.Parameter(weight.to_dense().contiguous(), requires_grad=False)
+        for module in holders:
+            for name, parameter in module._parameters.items():
+                if parameter is weight:
+                    setattr(module, name, dense)
+    return [layer.name for layer in compressed]
+
+
+def _is_compressed(parameter: nn.Parameter | None) -> bool:
+    return isinstance(parameter, VNMTensor)
 
 
 def _patterns(
@@ -83,6 +100,7 @@ def _patterns(
 ) -> list[tuple[Layer, Spec]]:
     """The layers to compress, and how."""
     selected = select_layers(model, spec or Spec(1, 1, 4), include, exclude)
+    check_usable(layer for layer, _ in selected)
     chosen = []
     for layer, given in selected:
         if isinstance(layer.module.weight, VNMTensor):

@@ -127,7 +127,8 @@ def detect(weight: Tensor) -> Spec | None:
 
     Candidates are N in {1, 2}, M from 4 to 256 and V in {1, 8, 16, 32, 64, 128, 256}. The smallest density that
     fits is taken, then the largest V, then the smallest M; a V above O or an M above K would only store padding.
-    V = 1 alone means N:M inside every row.
+    V = 1 alone means N:M inside every row. A weight of zeros follows every pattern and tells of none (an adapter before
+    training, a layer that is to be loaded): None.
 
     Raises:
         VNMError: the weight is not 2-D.
@@ -138,6 +139,8 @@ def detect(weight: Tensor) -> Spec | None:
         return None
     nonzero = weight != 0
     count = int(nonzero.sum())
+    if count == 0:
+        return None
     # Rows from all over the matrix reject almost every candidate at a small cost.
     sample = nonzero[:: max(1, out_features // _SAMPLED_ROWS)]
     for n, m in _candidates(in_features):

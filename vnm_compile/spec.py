@@ -13,7 +13,10 @@ from vnm_compile.errors import VNMError
 KEPT_COLUMNS = 4
 """Columns that a V x M block keeps. Four, so that what is left is N:4, which sparse tensor cores know."""
 
-_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*:\s*(\d+)\s*")
+LARGEST_V = 65536
+"""Rows of the largest block: far beyond what helps, and small enough that no product of sizes overflows."""
+
+_TEXT = re.compile(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Spec:
     Source: VENOM, arXiv 2310.02065, section 3.
 
     Raises:
-        VNMError: `v < 1`, `n` not 1 or 2, or `m` outside 4 to 65536.
+        VNMError: `v` outside 1 to 65536, `n` not 1 or 2, or `m` outside 4 to 65536.
 
     >>> Spec.parse("64:2:8").density
     0.25
@@ -39,10 +42,10 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name in ("v", "n", "m"):
-            if not isinstance(getattr(self, name), int):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise VNMError(f"{name} is {getattr(self, name)!r}; a V:N:M pattern takes three integers.")
-        if self.v < 1:
-            raise VNMError(f"v={self.v}: a block needs at least one row; use 1, 16, 32, 64 or 128.")
+        if not 1 <= self.v <= LARGEST_V:
+            raise VNMError(f"v={self.v}: a block has 1 to {LARGEST_V} rows; use 1, 16, 32, 64 or 128.")
         if self.n not in (1, 2):
             raise VNMError(f"n={self.n}: a row keeps 1 or 2 of the 4 columns that its block keeps.")
         if not 4 <= self.m <= 65536:
