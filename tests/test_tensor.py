@@ -502,9 +502,24 @@ def test_a_hostile_file_is_refused_and_what_is_in_it_cannot_be_changed_later():
     given["columns"].set_()
     assert weight.columns.shape == (4, 6, 4)
     # Nor do attributes that a file sets count.
-    for name in ("values", "metadata", "columns", "spec"):
-        with pytest.raises(AttributeError):
-            setattr(weight, name, None)
+    for name in ("values", "metadata", "columns"):
+        spoiled = compress(random_sparse(60, 45, SPEC), SPEC)
+        setattr(spoiled, name, None)
+        with pytest.raises(VNMError, match=name):
+            F.linear(x_of(5, 45), spoiled)
+    spoiled = compress(random_sparse(60, 45, SPEC), SPEC)
+    spoiled.columns = spoiled.columns.flip(-1)
+    file = io.BytesIO()
+    torch.save(spoiled, file)
+    file.seek(0)
+    for use in (lambda: torch.load(file, weights_only=True), spoiled.to_dense, lambda: F.linear(x_of(5, 45), spoiled)):
+        with pytest.raises(VNMError, match="not increasing"):
+            use()
+    spoiled.columns = spoiled.__dict__["_stored"].packed.columns.flip(-1)
+    spoiled.values = spoiled.values * 2
+    assert_same(spoiled, random_sparse(60, 45, SPEC) * 2)
+    with pytest.raises(AttributeError):
+        spoiled.spec = Spec(1, 1, 4)
     weight._stored = ("values", "metadata", "columns", Spec(1, 1, 4), 1, 1, False)
     with pytest.raises(VNMError, match="holds no arrays"):
         F.linear(x_of(5, 45), weight)

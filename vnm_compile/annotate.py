@@ -75,6 +75,8 @@ def linear_layers(model: nn.Module) -> Iterator[Layer]:
 
     The `_orig_mod` that torch.compile puts into names is left out: a model and its compiled form name layers alike.
     """
+    if not isinstance(model, nn.Module):
+        raise VNMError(f"the model is a {type(model).__name__}; give an nn.Module.")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or _is_conv1d(module):
             yield Layer(_uncompiled(name), module)
@@ -102,6 +104,7 @@ def select_layers(
         VNMError: a selector fits no layer of the model or is the name of one whose weight is shared, `spec` or
             `include` is empty, or a pattern cannot be read.
     """
+    layers = list(linear_layers(model))
     rules = _rules(spec)
     specs = {key: None if rule is None else Spec.parse(rule) for key, rule in rules.items()}
     wanted, unwanted = _selectors("include", include), _selectors("exclude", exclude)
@@ -111,7 +114,7 @@ def select_layers(
     every = frozenset(unused)
     shared, head, adapters = shared_weights(model), _inside(_output_head(model)), _adapters(model)
     selected: list[tuple[Layer, Spec]] = []
-    for layer in linear_layers(model):
+    for layer in layers:
         fitting = {selector for selector in every if _fits(selector, layer)}
         unused -= fitting
         chosen = next((specs[key] for key in rules if key in fitting), None)
@@ -125,7 +128,7 @@ def select_layers(
         named = wanted is not None or any(isinstance(s, str) and not _is_glob(s) for s in fitting)
         if named or not (layer.module in head or _too_small(layer, chosen)):
             selected.append((layer, chosen))
-    if unused and next(linear_layers(model), None) is None:
+    if unused and not layers:
         raise VNMError("the model has no linear layer (nn.Linear, or Conv1D of transformers).")
     if unused:
         shown = ", ".join(sorted(s if isinstance(s, str) else s.__name__ for s in unused))
@@ -318,7 +321,7 @@ def _nothing_selected(model: nn.Module, spec: object) -> VNMError:
     count = sum(1 for _ in linear_layers(model))
     shown = ", ".join(map(str, spec.values())) if isinstance(spec, Mapping) else str(spec)
     return VNMError(
-        f"none of the {count} linear layers is left to annotate with {shown}: output heads, tied weights, "
-        "adapters and layers smaller than one block (V rows, M columns) are left out. Choose a smaller V or M, or name "
-        "the layers: include=[...]."
+        f"no linear layer (of {count}) is left to annotate with {shown}: output heads, tied weights, adapters and "
+        "layers smaller than one block (V rows, M columns) are left out. Choose a smaller V or M, or name the layers: "
+        "include=[...]."
     )

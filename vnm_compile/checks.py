@@ -12,12 +12,10 @@ from torch.nn.utils import parametrize
 
 from vnm_compile.errors import at_layer
 from vnm_compile.tensor import VNMTensor
+from vnm_compile.validation import VALUE_DTYPES, stores_otherwise
 
 if TYPE_CHECKING:
     from vnm_compile.annotate import Layer
-
-HANDLED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""Weights are pruned and compressed in these; kernels exist for the first three."""
 
 _ORDINARY_FUNCTIONS = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 
@@ -111,8 +109,7 @@ def _why_other_storage(weight: Tensor) -> str | None:
             "its weight is a DTensor, of which this process holds a part; do this before the model is sharded, or "
             "exclude this layer."
         )
-    subclassed = kind.__torch_function__ not in _ORDINARY_FUNCTIONS or _overrides_dispatch(kind)
-    if subclassed:
+    if kind.__torch_function__ not in _ORDINARY_FUNCTIONS or stores_otherwise(kind):
         return (
             f"its weight is a {kind.__name__}, which stores its values in a way of its own (quantised?); prune and "
             "compress before quantising, or exclude this layer."
@@ -122,14 +119,9 @@ def _why_other_storage(weight: Tensor) -> str | None:
     return None
 
 
-def _overrides_dispatch(kind: type) -> bool:
-    ordinary = (Tensor.__torch_dispatch__, nn.Parameter.__torch_dispatch__)
-    return getattr(kind, "__torch_dispatch__", ordinary[0]) not in ordinary
-
-
 def _why_other_form(layer: Layer, weight: Tensor) -> str | None:
     """Why dtype or shape of a weight are not those of a layer's matrix."""
-    if weight.dtype not in HANDLED_DTYPES:
+    if weight.dtype not in VALUE_DTYPES:
         return (
             f"its weight is {weight.dtype}; weights of float32, bfloat16 and float16 (and float64) are handled. "
             "Convert it, or exclude this layer."

@@ -55,7 +55,8 @@ def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:
         layer: name that an error message starts with.
 
     Raises:
-        VNMError: the weight is not 2-D, or breaks the pattern; the message shows the first block that does.
+        VNMError: the weight is no 2-D tensor with values, or breaks the pattern; the message shows the first block that
+            does.
     """
     blocks = _as_blocks(weight, spec, layer)  # [B, V, G, M]
     used = _used_columns(blocks)  # [B, G, M]
@@ -114,7 +115,7 @@ def matches(weight: Tensor, spec: Spec | str) -> bool:
     """Whether every non-zero of `weight` `[O, K]` stands where `spec` allows one.
 
     Raises:
-        VNMError: the weight is not 2-D.
+        VNMError: the weight is no 2-D tensor with values.
     """
     spec = Spec.parse(spec)
     _check_matrix(weight, None)
@@ -131,7 +132,7 @@ def detect(weight: Tensor) -> Spec | None:
     training, a layer that is to be loaded): None.
 
     Raises:
-        VNMError: the weight is not 2-D.
+        VNMError: the weight is no 2-D tensor with values.
     """
     _check_matrix(weight, None)
     out_features, in_features = weight.shape
@@ -187,6 +188,12 @@ def _matching_v(nonzero: Tensor, m: int, candidates: tuple[int, ...]) -> set[int
 
 
 def _check_matrix(weight: Tensor, layer: str | None) -> None:
+    if not isinstance(weight, Tensor):
+        raise at_layer(layer, f"a weight is a tensor [out, in]; this one is a {type(weight).__name__}.")
+    if weight.layout != torch.strided:
+        raise at_layer(layer, f"a weight is a plain matrix; this one is stored as {weight.layout}; use .to_dense().")
+    if weight.is_meta:
+        raise at_layer(layer, "the weight is on the meta device and has no values; load it first.")
     if weight.dim() != 2:
         raise at_layer(layer, f"a V:N:M weight has 2 dimensions [out, in]; this one has shape {list(weight.shape)}.")
 

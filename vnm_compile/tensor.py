@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.format import Packed, pack, unpack
 from vnm_compile.spec import Spec
-from vnm_compile.validation import VALUE_DTYPES, own_arrays
+from vnm_compile.validation import VALUE_DTYPES, own_arrays, stores_otherwise
 
 _ARRAYS = ["values", "metadata", "columns"]
 
@@ -50,6 +51,10 @@ class _Stored(NamedTuple):
     out_features: int
     in_features: int
     transposed: bool
+
+
+class _Unchecked(_Stored):
+    """What a VNMTensor holds after somebody has set one of its arrays: checked when it is next used."""
 
 
 class VNMTensor(Tensor):
@@ -113,9 +118,25 @@ class VNMTensor(Tensor):
     @property
     def _checked(self) -> _Stored:
         stored = self.__dict__.get("_stored")
-        if type(stored) is not _Stored:
+        if type(stored) is _Stored:
+            return stored
+        if type(stored) is not _Unchecked:
             raise VNMError("not a compressed weight: it holds no arrays (a damaged or foreign file?).")
-        return stored
+        self._take(VNMTensor(*stored.packed, stored.spec, self.shape, stored.transposed))
+        return self._stored
+
+    def _take(self, made: VNMTensor) -> None:
+        """Hold the arrays of `made`, which are checked."""
+        if (made.shape, made.dtype, made.device) != (self.shape, self.dtype, self.device):
+            raise VNMError(
+                f"not a compressed weight: a {self.dtype} tensor {list(self.shape)} on {self.device} with "
+                f"{made.dtype} values of {list(made.shape)} on {made.device}."
+            )
+        self._stored = made._stored
+
+    def _set(self, **array: Tensor) -> None:
+        stored = self._checked if type(self._stored) is not _Unchecked else self._stored
+        self._stored = _Unchecked(stored.packed._replace(**array), *stored[1:])
 
     @property
     def packed(self) -> Packed:
@@ -127,15 +148,27 @@ class VNMTensor(Tensor):
         """The kept values."""
         return self._checked.packed.values
 
+    @values.setter
+    def values(self, array: Tensor) -> None:
+        self._set(values=array)
+
     @property
     def metadata(self) -> Tensor:
         """Which of a block's kept columns each value stands in."""
         return self._checked.packed.metadata
 
+    @metadata.setter
+    def metadata(self, array: Tensor) -> None:
+        self._set(metadata=array)
+
     @property
     def columns(self) -> Tensor:
         """Which columns each block keeps."""
         return self._checked.packed.columns
+
+    @columns.setter
+    def columns(self, array: Tensor) -> None:
+        self._set(columns=array)
 
     @property
     def spec(self) -> Spec:
@@ -215,9 +248,9 @@ class VNMTensor(Tensor):
         return copied  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        spec = self.spec
-        flags = self._transposed, self.requires_grad, bool(getattr(self, "_is_param", False))
-        return _rebuild, (*self.packed, (spec.v, spec.n, spec.m), tuple(self.shape), *flags)
+        stored = self._stored  # whatever it is, it is checked where it is read
+        spec, flags = stored.spec, (stored.transposed, self.requires_grad, bool(getattr(self, "_is_param", False)))
+        return _rebuild, (*stored.packed, (spec.v, spec.n, spec.m), tuple(self.shape), *flags)
 
     def __setstate__(self, state: Any) -> None:
         # Pickles from before `_rebuild` restored a bare tensor, then its attributes.
@@ -226,9 +259,7 @@ class VNMTensor(Tensor):
         if any(array is None for array in arrays):
             raise VNMError("not a compressed weight: its state holds no arrays (a damaged or foreign file?).")
         made = VNMTensor(*arrays, state.get("spec"), self.shape, state.get("_transposed", False))  # type: ignore[call-arg]
-        if (made.dtype, made.device) != (self.dtype, self.device):
-            raise VNMError(f"not a compressed weight: a {self.dtype} tensor with {made.dtype} values.")
-        self._stored = made._stored
+        self._take(made)
         if state.get("_is_param") is True:
             self._is_param = True
 
@@ -275,10 +306,19 @@ class _ToDense(torch.autograd.Function):
 
 
 def compress(weight: Tensor, spec: Spec | str, layer: str | None = None) -> VNMTensor:
-    """Return `weight` `[out_features, in_features]` compressed; raises VNMError where it breaks `spec`."""
+    """Return `weight` `[out_features, in_features]` compressed.
+
+    Raises:
+        VNMError: the weight breaks `spec`, or is no matrix of float32, bfloat16, float16 or float64 with values; the
+            message starts with the name `layer`, if there is one.
+    """
     spec = Spec.parse(spec)
-    if weight.dtype not in VALUE_DTYPES:
-        raise at_layer(layer, f"a weight of {weight.dtype} cannot be compressed; convert it to a floating-point dtype.")
+    if isinstance(weight, Tensor):
+        if weight.dtype not in VALUE_DTYPES:
+            raise at_layer(layer, f"a weight of {weight.dtype} cannot be compressed; convert it to a float dtype.")
+        if stores_otherwise(type(weight)) and not isinstance(weight, VNMTensor | FakeTensor):
+            kind = type(weight).__name__
+            raise at_layer(layer, f"a {kind} stores its values in a way of its own; compress a plain tensor.")
     # Arrays made under inference_mode could not be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         return VNMTensor._wrap(pack(weight, spec, layer), spec, tuple(weight.shape), False)

@@ -17,10 +17,16 @@ from vnm_compile.format import Packed
 from vnm_compile.spec import Spec
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""The dtypes that compressed weights have."""
+"""The dtypes that weights are pruned and compressed in; kernels exist for the first three."""
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 _REMEDY = "The file or the arrays are damaged or not made by vnm_compile; compress the weight again."
+
+
+def stores_otherwise(kind: type) -> bool:
+    """Whether a class of tensors keeps its values in a way of its own, as quantised and sharded ones do."""
+    ordinary = (Tensor.__torch_dispatch__, nn.Parameter.__torch_dispatch__)
+    return getattr(kind, "__torch_dispatch__", ordinary[0]) not in ordinary
 
 
 def own_arrays(packed: Packed, spec: Spec, out_features: int, in_features: int) -> Packed:
