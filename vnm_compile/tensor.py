@@ -143,8 +143,8 @@ class VNMTensor(Tensor):
         """The canonical arrays."""
         return self._checked.packed
 
-    @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def values(self) -> Tensor:
         """The kept values."""
         return self._checked.packed.values
 
