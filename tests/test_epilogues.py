@@ -110,3 +110,16 @@ def test_random_programs():
     x = torch.randn(2, 5, 64) * 0.5
     programs = [program for program in map(Program, range(8, 20)) if program.takes(x)]
     check(Several(programs[:4]), x, torch.float32)
+
+
+def test_two_kernels_in_one_translation_unit():
+    """What cpp_wrapper makes of a graph: joined, gated and single layers together."""
+    program, x = Program(0), torch.randn(6, 64)
+
+    def forward(x):
+        gated = torch.nn.functional.silu(program.f(x)) * program.g(x)
+        return program.a(x[1:]).relu(), program.d(x) * program.e(x), gated
+
+    with torch.no_grad():
+        actual = torch.compile(forward, backend="vnm", options={**OPTIONS, "cpp_wrapper": True})(x)
+        torch.testing.assert_close(actual, forward(x))

@@ -51,7 +51,9 @@ def _arithmetic() -> str:
     """The kernels' headers as one text."""
     headers = ("sparse_rows.h", "kept.h", "few_tokens_bf16.h", "few_tokens.h", "token_lanes.h", "row_lanes.h")
     text = "".join(map(_source, headers))
-    return re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
+    text = re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
+    # With cpp_wrapper all kernels of a graph are one translation unit.
+    return f"#ifndef VNM_ARITHMETIC\n#define VNM_ARITHMETIC\n{text}\n#endif  // VNM_ARITHMETIC"
 
 
 class SparseLinearTemplate(FusingTemplate):
