@@ -30,7 +30,7 @@ def main() -> int:
         return _replay(given.replay)
     plan = Plan(
         given.seed, given.minutes, given.graphs, given.calls, given.cases, given.workers, given.kernels, given.only,
-        given.without, given.out, given.shrink,
+        given.without, out=given.out, shrink_seconds=given.shrink,
     )  # fmt: skip
     start = time.monotonic()
     totals = Campaign(plan).run()

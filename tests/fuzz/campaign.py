@@ -62,6 +62,7 @@ class Plan:
     kernels: float = 0.1
     only: list[str] | None = None
     without: list[str] = field(default_factory=list)
+    means: list[str] = field(default_factory=list)
     out: Path | None = None
     shrink_seconds: float = 60
     quiet: bool = False
@@ -142,6 +143,7 @@ class Campaign:
             "kernels": plan.kernels,
             "only": plan.only,
             "without": plan.without,
+            "means": plan.means,
             "out": str(plan.out) if plan.out else None,
             "shrink": plan.shrink_seconds,
         }

@@ -15,7 +15,11 @@ _TOKENS = (1, 1, 2, 3, 5, 8, 17)
 
 
 def generate(
-    seed: int, kernels: float = 0.1, kinds: Sequence[str] | None = None, without: Sequence[str] = ()
+    seed: int,
+    kernels: float = 0.1,
+    kinds: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    means: Sequence[str] = (),
 ) -> Program:
     """The program of a seed.
 
@@ -24,6 +28,7 @@ def generate(
             AOTAutograd, and what is left runs the rewritten graph node by node, which costs least.
         kinds: draw steps of these kinds only.
         without: kinds and writes to leave out; "writes" for all writes.
+        means: draw writes among these only.
     """
     rng = random.Random(seed)
     width, spec = rng.choice(WIDTHS), rng.choice(SPECS)
@@ -34,6 +39,9 @@ def generate(
     steps = tuple(draw_step(rng, i, width, spec, names) for i in range(count))
     settings = _settings(rng, seed, width, through)
     writes = tuple("none" if "writes" in without or each in without else each for each in settings.writes)
+    if means:
+        settings = replace(settings, storage="dense")
+        writes = tuple(rng.choice(list(means)) if i % 2 else "none" for i in range(len(writes)))
     return Program(steps, replace(settings, writes=writes))
 
 

@@ -45,7 +45,7 @@ def hunt(
         only = list(mutant.only) if mutant and mutant.only else None
         plan = Plan(
             seed=seed, minutes=minutes, workers=workers, kernels=kernels, only=only, shrink_seconds=0,
-            quiet=True, root=root, first_fault=True,
+            quiet=True, root=root, first_fault=True, means=list(mutant.means) if mutant else [],
         )  # fmt: skip
         start = time.monotonic()
         return Campaign(plan).run(), time.monotonic() - start

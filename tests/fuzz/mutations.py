@@ -14,50 +14,64 @@ class Mutant:
         edits: (file, text, replacement); each text stands in its file exactly once.
         only: kinds of steps to draw, where the fault needs one of them; all when empty.
         kernels: share of programs through Inductor, where the fault lies in what it generates.
+        means: writes to draw, where the fault needs one of them; all when empty.
     """
 
     name: str
     edits: tuple[tuple[str, str, str], ...]
     only: tuple[str, ...] = ()
     kernels: float = 0.0
+    means: tuple[str, ...] = ()
 
 
 _PASSES = "vnm_compile/passes/"
 
 
-def _weights(name: str, text: str, replacement: str, file: str = "vnm_compile/contents.py") -> Mutant:
-    return Mutant(name, ((file, text, replacement),), only=("chain", "gated", "siblings"))
+def _weights(name: str, means: str, text: str, replacement: str, file: str = "vnm_compile/contents.py") -> Mutant:
+    return Mutant(name, ((file, text, replacement),), only=("chain", "siblings"), means=tuple(means.split()))
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    _weights("optimizer steps raise no doubt", "self.suspect(known_storages(stepped) | trained)", "pass"),
+    _weights(
+        "optimizer steps raise no doubt",
+        "one_row_by_fused_sgd",
+        "self.suspect(known_storages(stepped) | trained)",
+        "pass",
+    ),
     _weights(
         "no fingerprint",
+        "data_mul adamw_fused dlpack",
         "return native.fingerprint()(ctypes.c_void_p(address), length // 2)",
         "return 0",
     ),
-    _weights("no version counter", "return None if tensor.is_inference() else tensor._version", "return None"),
+    _weights(
+        "no version counter", "one_row", "return None if tensor.is_inference() else tensor._version", "return None"
+    ),
     _weights(
         "a fresh compilation trusts what was packed",
+        "one_row_and_compile_again",
         "    contents.suspect(known_storages(inputs[i] for i in positions))\n",
         "",
         "vnm_compile/backend.py",
     ),
-    _weights("refresh forgets nothing", "        self._all_suspected = self.epoch\n", ""),
+    _weights("refresh forgets nothing", "one_row_and_refresh", "        self._all_suspected = self.epoch\n", ""),
     _weights(
         "addresses are not compared",
+        "data_new",
         "if [weight.data_ptr() for weight in packed] != self._addresses:",
         "if False:",
         "vnm_compile/dispatch.py",
     ),
     _weights(
         "storages are not compared",
+        "data_new new_parameter",
         "if [*map(id, storages)] != self._storages:",
         "if False:",
         "vnm_compile/dispatch.py",
     ),
     _weights(
         "equal sizes count as equal contents",
+        "in_place",
         "return all(a.content is b.content for a, b in zip(one, other, strict=True))",
         "return True",
         "vnm_compile/weights.py",
