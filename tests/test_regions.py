@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
 import vnm_compile as vnm
 from tests.passes.running import assert_alike, check, linears
+from vnm_compile import backend
+from vnm_compile.options import Options
 
 SINGLES = [("single", "a"), ("single", "b")]
 SIBLINGS = [("siblings", "a", "b")]
@@ -142,3 +146,27 @@ def test_the_decorated_block_of_a_training_model():
         each(x).square().sum().backward()
         grads.append(model.head.weight.grad.clone())
     torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-4)
+
+
+def test_inference_with_gradients_on_is_warned_of_once():
+    """An annotated model in evaluation mode, and never while it trains."""
+
+    def messages(training):
+        model = linears("a", "b").train(training)
+        vnm.annotate(model, "16:2:8")
+        torch._dynamo.reset()
+
+        def as_it_is(gm, inputs):
+            return backend.compile_with(gm, inputs, Options(policy="memory"), lambda graph, _: graph.forward)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.compile(lambda x: model.b(model.a(x)), backend=as_it_is)(torch.randn(4, 32))
+        return [str(each.message) for each in caught if "V:N:M" in str(each.message)]
+
+    backend._warned.clear()
+    assert not messages(training=True)
+    (message,) = messages(training=False)
+    for part in ("2 V:N:M layers in evaluation mode (a, ...)", "torch.no_grad()", "requires_grad_(False)"):
+        assert part in message
+    assert not messages(training=False)

@@ -41,6 +41,12 @@ class Annotation:
         self._owner = weakref.ref(state["owner"])
         _annotated.add(state["owner"])
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the layer is in evaluation mode (`model.eval()`)."""
+        owner = self._owner()
+        return owner is not None and not owner.training
+
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self._owner(), "spec": self.spec, "name": self.name}
 

@@ -8,6 +8,7 @@ Registered through the entry point group `torch_dynamo_backends`, so it works wh
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -182,7 +183,24 @@ def _faked(arrays: Sequence[Tensor]) -> list[Tensor]:
     return [context.fake_mode.from_tensor(array, static_shapes=True) for array in arrays]
 
 
+_warned: set[str] = set()
+
+
+def _warn_of_gradients(decisions: Sequence[Decision]) -> None:
+    """Say, once a process, that a model in evaluation mode runs dense only because gradients are on."""
+    dense = [decision.name for decision in decisions if decision.only_for_gradients]
+    if dense and "gradients" not in _warned:
+        _warned.add("gradients")
+        warnings.warn(
+            f"{len(dense)} V:N:M layers in evaluation mode ({dense[0]}, ...) run dense because gradients are on and "
+            "their weights require them. For inference, call the model under torch.no_grad() or torch.inference_mode(), or "
+            "freeze it with model.requires_grad_(False).",
+            stacklevel=2,
+        )
+
+
 def _report(decisions: Sequence[Decision]) -> None:
+    _warn_of_gradients(decisions)
     for decision in decisions:
         log.debug("%s: %s (%s)", decision.name, decision.spec or "dense", decision.reason)
     _artifact("vnm_decisions", lambda: "\n".join(f"{d.name}\t{d.spec or 'dense'}\t{d.reason}" for d in decisions))

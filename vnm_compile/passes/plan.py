@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Decision:
         shape: `[out_features, in_features]`, where known.
         dtype: the weight's dtype, where known.
         timing: what was measured, if anything was.
+        only_for_gradients: an annotated layer in evaluation mode is dense only because gradients are on and its weight
+            requires one.
     """
 
     site: Site
@@ -43,6 +45,7 @@ class Decision:
     shape: tuple[int, int] | None = None
     dtype: torch.dtype | None = None
     timing: Timing | None = None
+    only_for_gradients: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -103,7 +106,8 @@ def _decide(
     if isinstance(weight, FakeTensor) or weight.is_meta:
         return decide(None, "its weight has no values yet (fake or meta tensor)")
     if weight.requires_grad and site.mode.grad:
-        return decide(None, "its weight trains (requires grad); use torch.no_grad() or freeze it")
+        decision = decide(None, "its weight trains (requires grad); use torch.no_grad() or freeze it")
+        return replace(decision, only_for_gradients=annotation is not None and annotation.evaluates)
     if any(_share_memory(weight, inputs[i]) for i in site.written):
         return decide(None, "the graph writes to memory that its weight is a view of, after it would have been packed")
     if isinstance(weight, VNMTensor):

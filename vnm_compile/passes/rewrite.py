@@ -115,7 +115,7 @@ class _Writer:
         with self.graph.inserting_before(self.new[member.site.node]):
             y = self.linear(member, arrays, _out_features(member))
             if member.site.bias is not None:
-                y = self.add_bias(member, y, self.new[member.site.bias])
+                y = self.call(torch.add, y, self.bias(member, y))
         self.replace(member.site.node, y)
 
     def siblings(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
@@ -126,10 +126,11 @@ class _Writer:
         with self.graph.inserting_before(self.new[first.site.node]):
             y = self.linear(first, arrays, sum(strides))
             if first.site.bias is not None:
-                biases = [self.new[member.site.bias] for member in unit.members if member.site.bias is not None]
+                # Cast one by one: torch.cat has ideas of its own about dtypes under autocast.
+                biases = [self.bias(member, y) for member in unit.members]
                 padding = [stride - width for width, stride in zip(widths, strides, strict=True)]
                 padded = [self.pad(bias, missing) for bias, missing in zip(biases, padding, strict=True)]
-                y = self.add_bias(first, y, self.call(torch.cat, padded))
+                y = self.call(torch.add, y, self.call(torch.cat, padded))
             sections = self.call(torch.ops.vnm.sections.default, y, widths, strides)
             results = [self.call(operator.getitem, sections, i) for i in range(len(widths))]
         for member, result in zip(unit.members, results, strict=True):
@@ -151,12 +152,13 @@ class _Writer:
         assert member.site.x is not None
         return self.new[member.site.x], *arrays, spec.v, spec.n, spec.m, in_features, out_features
 
-    def add_bias(self, member: Decision, y: fx.Node, bias: fx.Node) -> fx.Node:
-        """`y + bias` in the dtype of the product: under autocast torch casts the bias too, where `+` would promote."""
-        result, value = example(member.site.node), example(member.site.bias)
-        if result is None or value is None or result.dtype != value.dtype:
-            bias = self.graph.call_method("type_as", (bias, y))
-        return self.call(torch.add, y, bias)
+    def bias(self, member: Decision, y: fx.Node) -> fx.Node:
+        """The bias in the dtype of the product `y`: under autocast torch casts it too, where `+` would promote."""
+        assert member.site.bias is not None
+        bias, value, result = self.new[member.site.bias], example(member.site.bias), example(member.site.node)
+        if result is not None and value is not None and result.dtype == value.dtype:
+            return bias
+        return self.graph.call_method("type_as", (bias, y))
 
     def pad(self, bias: fx.Node, missing: int) -> fx.Node:
         return self.call(torch.nn.functional.pad, bias, (0, missing)) if missing else bias
