@@ -193,8 +193,8 @@ def _warn_of_gradients(decisions: Sequence[Decision]) -> None:
         _warned.add("gradients")
         warnings.warn(
             f"{len(dense)} V:N:M layers in evaluation mode ({dense[0]}, ...) run dense because gradients are on and "
-            "their weights require them. For inference, call the model under torch.no_grad() or torch.inference_mode(), or "
-            "freeze it with model.requires_grad_(False).",
+            "their weights require them. For inference, call it under torch.no_grad() or torch.inference_mode(), "
+            "or freeze it with model.requires_grad_(False).",
             stacklevel=2,
         )
 
