@@ -22,9 +22,10 @@ from torch.autograd import forward_ad
 
 from vnm_compile import dispatch
 from vnm_compile.annotate import annotations_by_weight
-from vnm_compile.codegen.inductor import compile_graph, mode_options
+from vnm_compile.codegen.inductor import check_options, compile_graph, mode_options
 from vnm_compile.codegen.measure import measure
 from vnm_compile.contents import contents, known_storages
+from vnm_compile.errors import VNMError, for_dynamo
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
 from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, flatten, merge, plan, rewrite
@@ -51,12 +52,15 @@ def vnm(
         name: accepted and unused (torch 2.15 passes it on).
 
     Raises:
-        VNMError: an unknown `vnm.` option, or an annotated weight that breaks its pattern.
+        VNMError: an unknown option or mode, or an annotated weight that breaks its pattern.
     """
-    ours, inductors = split_options(options)
-    patches = {**mode_options(mode), **inductors}
-    finish = partial(compile_graph, patches=patches, options_key=ours.key)
-    return compile_with(gm, example_inputs, ours, finish)
+    try:
+        ours, inductors = split_options(options)
+        patches = {**mode_options(mode), **check_options(inductors)}
+        finish = partial(compile_graph, patches=patches, options_key=ours.key)
+        return compile_with(gm, example_inputs, ours, finish)
+    except VNMError as error:
+        raise for_dynamo(error) from None
 
 
 Finish = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from functools import cache
+
 
 class VNMError(ValueError):
     """What the user gave cannot be done.
@@ -20,3 +23,20 @@ class UnknownName(VNMError, KeyError):
 def at_layer(layer: str | None, message: str) -> VNMError:
     """Return a `VNMError` whose message starts with the layer it is about, if there is one."""
     return VNMError(f"{layer}: {message}" if layer else message)
+
+
+def for_dynamo(error: VNMError) -> VNMError:
+    """The same error in the one form that `torch.compile` hands to the user as it is, not wrapped in its own.
+
+    To be raised by a backend: the traceback that the user sees begins where it is made.
+    """
+    handed_on = _dynamo_kind()(*error.args)
+    handed_on.first_useful_frame = sys._getframe(1)  # type: ignore[attr-defined]
+    return handed_on
+
+
+@cache
+def _dynamo_kind() -> type[VNMError]:
+    from torch._dynamo.exc import ShortenTraceback  # heavy, and needed by a backend only
+
+    return type("VNMError", (VNMError, ShortenTraceback), {"__module__": __name__, "__doc__": VNMError.__doc__})

@@ -33,18 +33,27 @@ class Options:
         return repr(sorted(asdict(self).items()))
 
 
+OUR_OPTIONS = tuple(PREFIX + field.name for field in fields(Options))
+"""The keys that are ours."""
+
+
 def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     """Return our options and, unchanged, those that are Inductor's.
 
     Raises:
         VNMError: a `vnm.` key that does not exist, or a value that it does not take.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise VNMError(f"options={options!r:.100}; give a dict such as {{'vnm.policy': 'memory'}}.")
     given = dict(options or {})
+    for key in given:
+        if not isinstance(key, str):
+            raise VNMError(f"option {key!r:.100}; the keys of options are text.")
     ours = {key.removeprefix(PREFIX): given.pop(key) for key in list(given) if key.startswith(PREFIX)}
-    hints, names = get_type_hints(Options), [field.name for field in fields(Options)]
+    hints = get_type_hints(Options)
     for name, value in ours.items():
-        if name not in names:
-            raise VNMError(f"unknown option {PREFIX}{name}; there are {', '.join(PREFIX + n for n in names)}.")
+        if PREFIX + name not in OUR_OPTIONS:
+            raise VNMError(f"unknown option {PREFIX}{name}; there are {', '.join(OUR_OPTIONS)}.")
         allowed = get_args(hints[name]) or (True, False)
         if value not in allowed or type(value) is not type(allowed[0]):
             raise VNMError(f"{PREFIX}{name}={value!r}; it takes one of {', '.join(map(repr, allowed))}.")

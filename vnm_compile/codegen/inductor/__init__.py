@@ -5,7 +5,7 @@ lowerings of the `vnm` ops, and hands on to the templates the private classes th
 """
 
 from vnm_compile.codegen.inductor.cache_key import cache_dir, source_hash
-from vnm_compile.codegen.inductor.compile import compile_graph, mode_options
+from vnm_compile.codegen.inductor.compile import check_options, compile_graph, mode_options
 from vnm_compile.codegen.inductor.cpp import (
     CppTemplateKernel,
     cpu_threads,
@@ -43,6 +43,7 @@ __all__ = [
     "V",
     "apply",
     "cache_dir",
+    "check_options",
     "choose",
     "choose_fastest",
     "compile_graph",

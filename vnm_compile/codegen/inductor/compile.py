@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch._inductor import config as inductor_config
@@ -12,11 +13,41 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from vnm_compile.codegen.inductor.cache_key import CacheKey
+from vnm_compile.errors import VNMError
+from vnm_compile.options import OUR_OPTIONS
 
 
 def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
-    """Inductor's options for a `torch.compile` mode."""
-    return dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
+    """Inductor's options for a `torch.compile` mode.
+
+    Raises:
+        VNMError: there is no such mode.
+    """
+    known = list_mode_options(None, dynamic)
+    if mode is not None and mode not in known:
+        raise VNMError(f"unknown mode {mode!r}; there are {', '.join(known)}.")
+    return dict(known[mode]) if mode else {}
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Inductor's options under the names that its configuration has.
+
+    Raises:
+        VNMError: an option that Inductor does not have, or a value of another type than it takes.
+    """
+    known = inductor_config.get_config_copy()
+    checked = {}
+    for given, value in options.items():
+        key = given.replace("-", "_")
+        if key not in known:
+            close = difflib.get_close_matches(key, [*known, *OUR_OPTIONS], n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise VNMError(f"unknown option {given}: neither Inductor's nor ours{hint}")
+        expected = inductor_config.get_type(key)  # type: ignore[attr-defined]
+        if get_origin(expected) is None and isinstance(expected, type) and not isinstance(value, expected):
+            raise VNMError(f"option {given}={value!r}; Inductor takes {expected.__name__} there.")
+        checked[key] = value
+    return checked
 
 
 def compile_graph(
