@@ -13,7 +13,8 @@ looked at, from cheap to dear:
   may have touched it, a graph is compiled anew, or the user said so. It is exact, so a doubt costs one read of the
   weight and no packing.
 
-On devices other than CPUs the last two are left out, as they would wait for the device: every doubt means a change.
+On other devices nothing waits: there every doubt means a change, and the fingerprint is compared on the device, which
+is heard of one call later (`vnm_compile.native.gpu_check`).
 """
 
 from __future__ import annotations
@@ -74,19 +75,23 @@ class Watch:
         place: where it lies.
         version: its version counter; None for inference tensors, which have none.
         samples: pairs of an address and a number of bytes, read for the fingerprint.
-        fingerprint: of those.
+        fingerprint: of those; 0 where the CPU cannot read them.
+        device: where it lies.
         epoch: `Contents.epoch` before anything was read.
         trains: whether the weight required a gradient.
         content: what it held.
+        lines: the samples as recorded on a GPU (`native.gpu_check.Lines`), where they lie there.
     """
 
     place: Place
     version: int | None
     samples: array[int]
     fingerprint: int
+    device: torch.device
     epoch: int
     trains: bool
     content: Content
+    lines: Any = None
 
 
 @contextmanager
@@ -118,6 +123,23 @@ def fingerprint_of(samples: array[int]) -> int:
         return 0
     address, length = samples.buffer_info()
     return native.fingerprint()(ctypes.c_void_p(address), length // 2)
+
+
+def readable(device: torch.device) -> bool:
+    """Whether the CPU can read what lies on a device without waiting for it."""
+    return device.type == "cpu"
+
+
+def _fingerprint(samples: array[int], device: torch.device) -> int:
+    return fingerprint_of(samples) if readable(device) else 0
+
+
+def _recorded(samples: array[int], device: torch.device) -> Any:
+    if readable(device) or not samples:
+        return None
+    from vnm_compile.native.gpu_check import record_lines  # needs Triton, which machines without a GPU may lack
+
+    return record_lines(samples, device)
 
 
 def known_storages(tensors: Iterable[Any]) -> set[int]:
@@ -193,7 +215,7 @@ class Contents:
         known = self._storages.get(watch.place.storage)
         if known is None or watch.epoch < max(known.suspected, self._all_suspected):
             return False
-        return watch.version == version_of(weight) and watch.fingerprint == fingerprint_of(watch.samples)
+        return watch.version == version_of(weight) and watch.fingerprint == _fingerprint(watch.samples, watch.device)
 
     def _look(self, weight: Tensor, place: Place) -> Watch:
         self._hook()
@@ -201,16 +223,17 @@ class Contents:
         old = self._watches.get(place)
         epoch, version = self.epoch, version_of(weight)
         samples = old.samples if old is not None else self._samples(weight)
-        fingerprint = fingerprint_of(samples)
+        fingerprint = _fingerprint(samples, weight.device)
         content = Content(checksum(weight))
         if old is not None and content.checksum is not None and old.content.checksum == content.checksum:
             content = old.content
         elif old is not None:
             samples = self._samples(weight)  # non-zeros may stand elsewhere now
-            fingerprint = fingerprint_of(samples)
+            fingerprint = _fingerprint(samples, weight.device)
             if content.checksum is not None:
                 content = Content(checksum(weight))  # read after its fingerprint
-        watch = Watch(place, version, samples, fingerprint, epoch, weight.requires_grad, content)
+        lines = _recorded(samples, weight.device)
+        watch = Watch(place, version, samples, fingerprint, weight.device, epoch, weight.requires_grad, content, lines)
         self._watches[place] = watch
         known.places.add(place)
         return watch
@@ -242,7 +265,7 @@ class Contents:
         """Where to read for the fingerprint: a line around a non-zero in every strip of rows, each in another strip of
         columns. A write to more than half of the rows, or of the columns, covers a whole strip."""
         samples: array[int] = array("Q")
-        if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() == 0:
+        if weight.device.type not in ("cpu", "cuda") or weight.dim() != 2 or weight.numel() == 0:
             return samples
         matrix = weight if weight.stride(1) == 1 or weight.stride(0) != 1 else weight.t()
         (rows, width), size = matrix.shape, matrix.element_size()
@@ -276,7 +299,7 @@ class Contents:
 
 def checksum(weight: Tensor) -> int | None:
     """A hash of all elements of a matrix; None on other devices than CPUs."""
-    if weight.device.type != "cpu" or weight.dim() != 2:
+    if not readable(weight.device) or weight.dim() != 2:
         return None
     if weight.stride(1) != 1 and weight.stride(0) == 1:
         weight = weight.t()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from vnm_compile.contents import Place, Watch, contents, fingerprint_of, version_of
+from vnm_compile.contents import Place, Watch, contents, fingerprint_of, readable, version_of
 from vnm_compile.format import Packed
 from vnm_compile.passes import Decision, PackedInput
 from vnm_compile.tensor import VNMTensor
@@ -85,7 +85,9 @@ class _Binding:
         self._addresses = [watch.place.address for watch in inputs.values()]
         self._versions = [watch.version for watch in inputs.values()]
         self._counts = None not in self._versions
-        self._samples = array("Q", [value for watch in inputs.values() for value in watch.samples])
+        on_cpu = [watch for watch in inputs.values() if readable(watch.device)]
+        self._samples = array("Q", [value for watch in on_cpu for value in watch.samples])
+        self._gpu_checks = _gpu_checks([*inputs.values()])
         self._fingerprint = sum(watch.fingerprint for watch in inputs.values()) % 2**64
         self.storages = {*self._storages, *(watch.place.storage for _, watch in self._copied)}
 
@@ -103,9 +105,16 @@ class _Binding:
         versions = [w._version for w in packed] if self._counts else [version_of(w) for w in packed]
         if versions != self._versions or fingerprint_of(self._samples) != self._fingerprint:
             return False
+        if any(check.moved() for check in self._gpu_checks):
+            return False
         if self._direct and any(args[group.indices[0]].spec != group.spec for _, group in self._direct):
             return False
         return not self._copied or self._copies_hold(args)
+
+    def tell(self) -> None:
+        """Bring the weights into doubt of which a GPU has found that they changed."""
+        if any(check.raised for check in self._gpu_checks):
+            contents.suspect(self._storages)
 
     def _copies_hold(self, args: Sequence[Any]) -> bool:
         arrays = [array for i in dict.fromkeys(i for i, _ in self._copied) for array in args[i].packed]
@@ -123,6 +132,19 @@ class _Binding:
         for start, group in self._direct:
             arrays[start : start + 3] = args[group.indices[0]].packed
         return self.call(*args, *arrays)
+
+
+def _gpu_checks(watches: Sequence[Watch]) -> list[Any]:
+    """What compares the fingerprints of weights on GPUs, one a device."""
+    lines: dict[torch.device, list[Any]] = {}
+    for watch in watches:
+        if watch.lines is not None:
+            lines.setdefault(watch.device, []).append(watch.lines)
+    if not lines:
+        return []
+    from vnm_compile.native.gpu_check import GpuCheck
+
+    return [GpuCheck(each) for each in lines.values()]
 
 
 class Dispatcher:
@@ -188,6 +210,7 @@ class Dispatcher:
                 self._latest = binding
                 return binding
             if binding is not None:
+                binding.tell()
                 self._let_go(binding)
             return None if self._rests() else self.bind(args)
 
