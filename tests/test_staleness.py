@@ -425,3 +425,15 @@ def test_compressed_weights_that_change():
     model[0].weight = nn.Parameter(vnm.compress(random_sparse(96, 64, SPEC, seed=4), SPEC), requires_grad=False)
     vnm.decompress_model(model)
     agree(model, run, x, "decompression")
+
+
+def test_compressed_models_move_after_compiling():
+    """`.to()` swaps tensor subclasses, which torch refuses while anybody refers weakly to them."""
+    model, x = pair().requires_grad_(False), torch.randn(5, 64)
+    vnm.compress_model(model)
+    run = compiled(model)
+    agree(model, run, x)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        model.to(dtype)
+        agree(model, run, x.to(dtype), "a move") if dtype != torch.float16 else model.float()
+        agree(model, run, x.to(model[0].bias.dtype), "a move")

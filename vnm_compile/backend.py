@@ -28,7 +28,18 @@ from vnm_compile.contents import contents, known_storages
 from vnm_compile.errors import VNMError, for_dynamo
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
-from vnm_compile.passes import Decision, Rewritten, Site, Unit, find_linears, flatten, merge, plan, rewrite
+from vnm_compile.passes import (
+    Decision,
+    Rewritten,
+    Site,
+    Unit,
+    find_linears,
+    flatten,
+    merge,
+    own_copy,
+    plan,
+    rewrite,
+)
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +117,8 @@ def compile_prepared(
 
 def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
     """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
-    flat = flatten(gm)
+    own = own_copy(gm)
+    flat = flatten(own)
     sites = find_linears(flat.graph, inputs)
 
     def decide(args: Sequence[Any]) -> list[Decision]:
@@ -114,7 +126,7 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
 
     def build(args: Sequence[Any], decisions: list[Decision], first: bool) -> dispatch.Variant:
         prepared = _rewrite(flat, args, options, decisions)
-        graph = prepared.rewritten.gm if prepared.rewritten else _plain_copy(gm)
+        graph = prepared.rewritten.gm if prepared.rewritten else _plain_copy(own)
         # A later variant is not compiled inside Dynamo's call to the backend: Dynamo traces the graph itself then, and
         # keeps those shapes dynamic that have to be.
         inputs = [*args, *_faked(prepared.arrays)]
@@ -128,11 +140,11 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     dispatcher = dispatch.Dispatcher(positions, decide, build)
     if any(isinstance(inputs[i], FakeTensor) for i in positions):
         log.info("the weights of this graph have no values yet; it is compiled at its first call")
-        return _with_tangents(gm, dispatcher)
+        return _with_tangents(own, dispatcher)
     # Whatever was known of the weights, and however they were written to since: a fresh compilation looks at them anew.
     contents.suspect(known_storages(inputs[i] for i in positions))
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
-    return _with_tangents(gm, dispatcher)
+    return _with_tangents(own, dispatcher)
 
 
 def _with_tangents(gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from vnm_compile.passes.find import Site, find_linears
 from vnm_compile.passes.higher_order import flatten
 from vnm_compile.passes.merge import Unit, merge
 from vnm_compile.passes.plan import Decision, plan
-from vnm_compile.passes.rewrite import PackedInput, Rewritten, rewrite
+from vnm_compile.passes.rewrite import PackedInput, Rewritten, own_copy, rewrite
 
 __all__ = [
     "Decision",
@@ -19,6 +19,7 @@ __all__ = [
     "find_linears",
     "flatten",
     "merge",
+    "own_copy",
     "plan",
     "rewrite",
 ]

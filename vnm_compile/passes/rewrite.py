@@ -61,6 +61,18 @@ def rewrite(gm: fx.GraphModule, units: Sequence[Unit]) -> Rewritten:
     return Rewritten(with_graph(gm, graph), packed)
 
 
+def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph to keep.
+
+    Dynamo's own refers weakly to the weights, which `torch.utils.swap_tensors`, and so `.to()` of a compressed model,
+    refuses.
+    """
+    graph, _ = _copy(gm)
+    for placeholder in graph.find_nodes(op="placeholder"):
+        placeholder.meta.pop("grapharg", None)
+    return with_graph(gm, graph)
+
+
 def _copy(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of the graph with its sources; placeholders cannot be added to Dynamo's own graph."""
     graph = fx.Graph()
