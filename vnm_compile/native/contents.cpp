@@ -17,7 +17,10 @@ inline uint64_t mix(uint64_t word) {
 }
 
 // One step is a bijection of the state for every word, and of the word for every state: a single change is always seen.
-inline uint64_t absorb(uint64_t state, uint64_t word) { return (((state ^ word) * kOdd) << 29) | (((state ^ word) * kOdd) >> 35); }
+inline uint64_t absorb(uint64_t state, uint64_t word) {
+    const uint64_t product = (state ^ word) * kOdd;
+    return product << 29 | product >> 35;
+}
 
 inline uint64_t load(const char* data, int64_t bytes) {
     uint64_t word = 0;
@@ -36,17 +39,27 @@ uint64_t hash(const char* data, int64_t bytes, uint64_t seed) {
     return mix(result);
 }
 
+// A line is short: one multiplication a word. The shift brings the top bits, where signs are, down to where they spread.
+inline uint64_t hash_line(const char* data, int64_t bytes, uint64_t seed) {
+    uint64_t sum = seed, factor = kOdd;
+    for (; bytes > 0; data += 8, bytes -= 8, factor += 2 * kOdd) {
+        const uint64_t word = bytes >= 8 ? load(data, 8) : load(data, bytes);
+        sum += (word ^ (word >> 29)) * factor;
+    }
+    return mix(sum);
+}
+
 }  // namespace
 
 // Sum of the hashes of `count` samples, each an address and a number of bytes. A sum, so that the fingerprint of several
 // weights is the sum of theirs. The lines are in nobody's cache, so they are asked for well before they are read.
 extern "C" uint64_t vnm_fingerprint(const uint64_t* samples, int64_t count) {
-    constexpr int64_t kAhead = 24;
+    constexpr int64_t kAhead = 48;
     for (int64_t i = 0; i < std::min(count, kAhead); ++i) __builtin_prefetch(reinterpret_cast<const char*>(samples[2 * i]));
     uint64_t sum = 0;
     for (int64_t i = 0; i < count; ++i) {
         if (i + kAhead < count) __builtin_prefetch(reinterpret_cast<const char*>(samples[2 * (i + kAhead)]));
-        sum += hash(reinterpret_cast<const char*>(samples[2 * i]), static_cast<int64_t>(samples[2 * i + 1]), samples[2 * i]);
+        sum += hash_line(reinterpret_cast<const char*>(samples[2 * i]), static_cast<int64_t>(samples[2 * i + 1]), samples[2 * i]);
     }
     return sum;
 }
