@@ -53,21 +53,12 @@ def after(change: Callable[[Net], Any]) -> Net:
     return model
 
 
-# Rows that are right as they stand and not answered yet; a row that comes to pass must leave the list.
-UNFIXED = frozenset((Path(__file__).parent / "bad_inputs_unfixed.txt").read_text().splitlines())
-
-
-def marks(name: str) -> Any:
-    # Under the default policy a broken weight is an error only where the timing favours sparse: now and then it passes.
-    return [pytest.mark.xfail(strict="broken" not in name)] if name in UNFIXED else []
-
-
 def named(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, id=name, marks=marks(name)) for name in names]
+    return [pytest.param(name, id=name) for name in names]
 
 
 def row(name: str, build: Build, call: Callable[[Any], Any], match: str, error: Any = VNMError) -> None:
-    ROWS.append(pytest.param(build, call, match, error, id=name, marks=marks(name)))
+    ROWS.append(pytest.param(build, call, match, error, id=name))
 
 
 def snapshot(model: Any) -> Any:
@@ -305,7 +296,7 @@ def test_a_checkpoint_that_is_a_file(name, tmp_path):
 HOSTILE = ("../x", "/abs", "[/red]", "n" * 300, "~", "a\\b", "CON", "a b", "%2e%2e", "\n", "\N{SKULL}", "..", "")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, id=ascii(n)[:20], marks=marks(f"name {n}"[:20])) for n in HOSTILE])
+@pytest.mark.parametrize("name", [pytest.param(n, id=ascii(n)[:20]) for n in HOSTILE])
 def test_hostile_layer_names(name, tmp_path, monkeypatch):
     """A layer may be named anything: it is pruned, checkpointed and printed, and nothing is written outside."""
     monkeypatch.chdir(tmp_path)

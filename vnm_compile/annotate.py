@@ -70,6 +70,11 @@ class Layer:
         return not isinstance(self.module, nn.Linear)
 
     @property
+    def stored(self) -> nn.Parameter | None:
+        """The parameter as it is stored; None where `module.weight` is computed, which may change the model's state."""
+        return self.module._parameters.get("weight")
+
+    @property
     def weight(self) -> Tensor:
         """The weight as `[out_features, in_features]`, a view of the module's own."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]

@@ -163,7 +163,8 @@ def refresh(model: nn.Module) -> None:
     numpy or DLPack). Every other change is noticed on its own. `model` is the one that was written to; as weights need
     not belong to a module, all that were packed are looked at, which takes as long as reading them once.
     """
-    del model
+    if not isinstance(model, nn.Module):
+        raise VNMError(f"vnm.refresh takes a module, not a {type(model).__name__}.")
     dispatch.forget()
 
 

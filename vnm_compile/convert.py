@@ -47,7 +47,7 @@ def compress_model(
             shared with another module, or nothing in the model follows a pattern.
     """
     chosen = _patterns(model, spec, include, exclude)
-    if not chosen and not any(isinstance(layer.module.weight, VNMTensor) for layer in linear_layers(model)):
+    if not chosen and not any(isinstance(layer.stored, VNMTensor) for layer in linear_layers(model)):
         raise VNMError("no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one.")
     for layer, layer_spec in chosen:
         if not matches(layer.weight, layer_spec):
@@ -72,7 +72,7 @@ def decompress_model(model: nn.Module) -> list[str]:
     Raises:
         VNMError: a compressed weight has no values (it is on the meta device, or offloaded). Nothing is changed then.
     """
-    compressed = [layer for layer in linear_layers(model) if isinstance(layer.module.weight, VNMTensor)]
+    compressed = [layer for layer in linear_layers(model) if isinstance(layer.stored, VNMTensor)]
     check_usable(compressed)
     holders = [module for module in model.modules() if any(map(_is_compressed, module._parameters.values()))]
     for layer in compressed:
@@ -103,7 +103,7 @@ def _patterns(
     check_usable(layer for layer, _ in selected)
     chosen = []
     for layer, given in selected:
-        if isinstance(layer.module.weight, VNMTensor):
+        if isinstance(layer.stored, VNMTensor):
             continue
         annotation: Annotation | None = annotation_of(layer.module)
         if spec is not None:

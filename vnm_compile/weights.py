@@ -35,6 +35,24 @@ def detected_spec(weight: Tensor, transposed: bool) -> Spec | None:
     return remembered[watch.content]
 
 
+_held: WeakKeyDictionary[Content, set[tuple[bool, Spec]]] = WeakKeyDictionary()
+
+
+def hold_to_pattern(weight: Tensor, transposed: bool, spec: Spec, name: str) -> None:
+    """Check a weight against its annotation, once for what it holds, whether it is going to be packed or not.
+
+    Raises:
+        VNMError: the weight breaks `spec`; the message names the layer and shows the place.
+    """
+    known = _held.setdefault(contents.watch(weight).content, set())
+    if (transposed, spec) not in known:
+        with on_real_values():
+            matrix = weight.t() if transposed else weight
+            if not matches(matrix, spec):
+                pack(matrix, spec, name)  # raises, and shows where
+        known.add((transposed, spec))
+
+
 class Kept(NamedTuple):
     """Packed arrays, and what the tensors that they were made from were when they were made."""
 

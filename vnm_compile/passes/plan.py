@@ -17,7 +17,7 @@ from vnm_compile.passes.find import Site, hint
 from vnm_compile.problem import Measure, Problem, Timing
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
-from vnm_compile.weights import detected_spec
+from vnm_compile.weights import detected_spec, hold_to_pattern
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _share_memory(weight: Tensor, other: Any) -> bool:
 def _pattern(site: Site, weight: Tensor, options: Options, annotation: Annotation | None) -> tuple[Spec | None, str]:
     """The pattern of a weight and where it is known from, or None and why there is none."""
     if annotation is not None:
-        # What breaks the pattern is found when the weight is packed, which raises the error that shows the place.
+        hold_to_pattern(weight, site.transposed, annotation.spec, annotation.name)
         return annotation.spec, "annotated"
     if not options.detect:
         return None, "not annotated, and vnm.detect is off"

@@ -298,7 +298,7 @@ def _own_modes(layers: Sequence[Layer]) -> Iterator[None]:
 
 def _check(layers: Sequence[Layer]) -> None:
     for layer in layers:
-        if isinstance(layer.module.weight, VNMTensor):
+        if isinstance(layer.stored, VNMTensor):
             raise at_layer(layer.name, "its weight is compressed already; call vnm.decompress_model(model) first.")
     check_usable(layers, written=True)
     for layer in layers:

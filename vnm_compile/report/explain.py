@@ -76,7 +76,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
 def layer_names(model: nn.Module) -> dict[int, str]:
     """Names of what multiplies by weights, by the id of the weight; a graph after a graph break knows only a part."""
     others = {id(each.parameter): each.name for each in dense_weights(model)}
-    return {**others, **{id(layer.module.weight): _plain(layer.name) for layer in linear_layers(model)}}
+    return {**others, **{id(layer.stored): _plain(layer.name) for layer in linear_layers(model)}}
 
 
 def describe_graphs(
@@ -99,7 +99,7 @@ def describe_graphs(
         if _plain(layer.name) not in reports:
             report = _by_weight(layer, device)
             if graphs or run is not None:
-                report = _outside(report, id(layer.module.weight), in_graphs, run)
+                report = _outside(report, id(layer.stored), in_graphs, run)
             reports[report.name] = report
     for each in dense_weights(model):
         known = reports.get(each.name)
@@ -135,7 +135,7 @@ def _outside(report: LayerReport, weight: int, in_graphs: Container[int], run: C
 
 
 def _multiplying(model: nn.Module) -> list[Any]:
-    linears = [layer.module.weight for layer in linear_layers(model)]
+    linears = [layer.stored for layer in linear_layers(model)]
     return [*linears, *(each.parameter for each in dense_weights(model))]
 
 
@@ -221,7 +221,7 @@ def _by_weight(layer: Layer, device: str) -> LayerReport:
     Raises:
         VNMError: it is annotated, and its weight breaks the pattern; so compiling it would.
     """
-    weight, annotation = layer.module.weight, annotation_of(layer.module)
+    weight, annotation = layer.stored, annotation_of(layer.module)
     unusable = why_unusable(layer)
     spec: Spec | None
     if isinstance(weight, VNMTensor):
@@ -234,15 +234,24 @@ def _by_weight(layer: Layer, device: str) -> LayerReport:
             if not matches(layer.weight, spec):
                 pack(layer.weight, spec, layer.name)  # raises, and shows where
     else:
-        spec = detected_spec(weight, layer.transposed)  # type: ignore[arg-type]
+        assert weight is not None, "a usable weight is stored"
+        spec = detected_spec(weight, layer.transposed)
         reason = f"found {spec} in the weight" if spec else "no V:N:M pattern in its weight"
     decision = "dense" if spec is None else "sparse"
     if spec is not None:
         reason = f"{reason}; with inputs, vnm.explain says what is decided for them"
-    matrix = isinstance(weight, torch.Tensor) and not nn.parameter.is_lazy(weight) and weight.dim() == 2
-    shape, dtype = ((layer.weight.shape[0], layer.weight.shape[1]), layer.weight.dtype) if matrix else (None, None)
-    facts = _weight_facts(shape, dtype, spec, None, device)
+    facts = _weight_facts(*_size(layer), spec, None, device)
     return LayerReport(name=_plain(layer.name), decision=decision, reason=reason, **facts)
+
+
+def _size(layer: Layer) -> tuple[tuple[int, int] | None, torch.dtype | None]:
+    """`[out_features, in_features]` and dtype of a layer; of a computed weight, those of what it is computed from."""
+    candidates = [layer.stored] if layer.stored is not None else layer.module.parameters()
+    for each in candidates:
+        if not nn.parameter.is_lazy(each) and each.dim() == 2:
+            rows, columns = reversed(each.shape) if layer.transposed else each.shape
+            return (rows, columns), each.dtype
+    return None, None
 
 
 def _weight_facts(
