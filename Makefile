@@ -13,10 +13,10 @@ demo: $(VENV)/.installed-demo  ## embed sentences with the real MiniLM, pruned a
 	$(BIN)/python examples/minilm.py
 
 test: $(VENV)/.installed-dev  ## the whole suite but the long runs
-	$(BIN)/python -m pytest -m "not slow" $(WORKERS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" $(WORKERS)
 
 test-slow: $(VENV)/.installed-dev  ## the long runs
-	$(BIN)/python -m pytest -m slow $(WORKERS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow $(WORKERS)
 
 lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ docs: $(VENV)/.installed-dev  ## HTML in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
 
 golden: $(VENV)/.installed-dev  ## rewrite the golden files; review the diff
-	-$(BIN)/python -m pytest -m "not slow" --update-golden -q
+	-OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" --update-golden -q
 
 clean:
 	rm -rf $(VENV) docs/_build build *.egg-info

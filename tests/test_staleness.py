@@ -102,7 +102,9 @@ def adapters_merged(model, x):
 
 
 def broadcast(model, x):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    ours = not torch.distributed.is_initialized()
+    if ours:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         other = pair(seed=3)
         for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
@@ -110,7 +112,8 @@ def broadcast(model, x):
             work = torch.distributed.all_gather_into_tensor(parameter.data, new.data, async_op=True)
             work.wait()
     finally:
-        torch.distributed.destroy_process_group()
+        if ours:
+            torch.distributed.destroy_process_group()
 
 
 def _scale(weight):
@@ -244,9 +247,9 @@ def test_an_optimizer_of_another_model_packs_nothing():
     model, x = pair().requires_grad_(False), torch.randn(5, 64)
     run = compiled(model)
     agree(model, run, x)
-    epoch = contents.epoch
+    watch = contents.watch(model[0].weight)
     step(torch.optim.SGD)(pair(seed=2), x)
-    assert contents.epoch == epoch
+    assert contents.watch(model[0].weight) is watch
 
 
 def test_compiled_optimizers_still_compile():
@@ -348,13 +351,14 @@ def test_weights_that_are_others_on_every_call_run_dense_after_a_while():
 
     run = torch.compile(call, backend="vnm", options=SPARSE)
     dispatch._warned.clear()
+    before = len(dispatch.store._entries)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         for i in range(12):
             parameters = {name: p * (1 + i) for name, p in model.state_dict().items()}
             torch.testing.assert_close(run(parameters, x), call(parameters, x), atol=1e-3, rtol=1e-3)
     assert sum("others on each" in str(w.message) for w in caught) == 1
-    assert len(dispatch.store._entries) <= 4
+    assert len(dispatch.store._entries) <= before + 4
 
 
 def test_layers_that_share_code_are_no_reason_to_run_dense():

@@ -55,8 +55,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
 # Linears of a model that stay dense, by the end of their name, and a part of the reason that must be given.
 DENSE = {
     "bert": {"classifier": "no V:N:M pattern"},
-    "vit": {"classifier": "no V:N:M pattern"},
-    "deit": {"classifier": "no V:N:M pattern"},
+    "vit": {"classifier": "no V:N:M pattern", "projection": "convolution"},
+    "deit": {"classifier": "no V:N:M pattern", "projection": "convolution"},
     "gpt2": {"wte": "shared with embedding"},
     "llama": {"lm_head": "no V:N:M pattern"},
     "qwen3": {"lm_head": "no V:N:M pattern"},

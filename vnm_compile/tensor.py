@@ -102,6 +102,7 @@ class VNMTensor(Tensor):
         return cls._wrap(packed, spec, (first, second), transposed)
 
     @classmethod
+    @torch.compiler.disable
     def _wrap(cls, packed: Packed, spec: Spec, shape: Sequence[int], transposed: bool) -> VNMTensor:
         """Wrap arrays that are known to be right: derived from those of another weight, or just packed."""
         out_features, in_features = reversed(shape) if transposed else shape

@@ -33,7 +33,6 @@ def program(seed: int) -> Program:
     return generate(seed, kernels=0)
 
 
-@pytest.mark.xfail(strict=False, reason="joining and compressed weights: their fixes have not landed yet")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_seed(seed):
     given = program(seed)

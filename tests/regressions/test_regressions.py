@@ -13,16 +13,9 @@ import pytest
 from tests.fuzz.run import replay
 
 CASES = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem.startswith("case_"))
-# Found, and not mended yet: compressed weights in keyword forms and out=, and .to() once the model was compiled.
-WAITING = [pytest.mark.xfail(strict=False)]
 
 
-def case(path: Path):
-    name = path.stem.removeprefix("case_")
-    return pytest.param(path, id=name, marks=WAITING if "compressed" in name else [])
-
-
-@pytest.mark.parametrize("path", [case(path) for path in CASES])
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem.removeprefix("case_"))
 def test_case(path, capsys):
     outcome = replay(runpy.run_path(str(path)))
     assert outcome.status == "right", capsys.readouterr().out
