@@ -144,7 +144,18 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     # Whatever was known of the weights, and however they were written to since: a fresh compilation looks at them anew.
     contents.suspect(known_storages(inputs[i] for i in positions))
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
+    _let_go(own.graph, inputs)
     return _with_tangents(own, dispatcher)
+
+
+def _let_go(graph: fx.Graph, inputs: Sequence[Any]) -> None:
+    """Drop the weak references to the inputs that the fake tensors of a kept graph hold through their mode."""
+    examples = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
+    for mode in {example.fake_mode for example in examples if isinstance(example, FakeTensor)}:
+        described = mode.fake_tensor_converter.meta_converter.describer.lookup_tensor
+        for tensor in inputs:
+            if isinstance(tensor, Tensor):
+                described.pop(tensor, None)
 
 
 def _with_tangents(gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
