@@ -133,7 +133,9 @@ def check(device: torch.device) -> Iterator[tuple[str, ...]]:
         with torch.no_grad():
             exact = x.double() @ layer.weight.double().T
             ours, dense = ((y.double() - exact).norm() / exact.norm() for y in (compiled(x), layer(x)))
-        fine = bool(ours <= 1.1 * dense + torch.finfo(case.dtype).eps)
+            # What rounding the exact result makes is asked of nobody; a dense kernel may be exact by luck.
+            least = (exact.to(case.dtype).double() - exact).norm() / exact.norm()
+        fine = bool(ours <= 1.1 * max(dense, least))
         yield (
             case.name,
             str(case.spec),

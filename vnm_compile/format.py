@@ -80,17 +80,24 @@ def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:
 def align_rows(packed: Packed) -> Packed:
     """The same arrays with every row of values and metadata at a multiple of 16 bytes, as GPUs load them.
 
-    Views of padded arrays where that is not so already: 64:2:5 has rows of 205 bytes of metadata at K = 4096.
+    Views of padded arrays where that is not so already: 64:2:5 has rows of 205 bytes of metadata at K = 4096. Views
+    that begin elsewhere in their memory than at a multiple of 16 bytes are copied.
     """
+
+    def begins(array: Tensor) -> bool:
+        return array.storage_offset() * array.element_size() % _WIDEST_LOAD == 0
 
     def align(array: Tensor) -> Tensor:
         rows, width = array.shape
         multiple = _WIDEST_LOAD // array.element_size()
-        if array.stride() == (width, 1) and width % multiple == 0:
+        if array.stride() == (width, 1) and width % multiple == 0 and begins(array):
             return array
         return array.new_zeros(rows, -(-width // multiple) * multiple)[:, :width].copy_(array)
 
-    return Packed(align(packed.values), align(packed.metadata), packed.columns)
+    columns = packed.columns
+    if not (columns.is_contiguous() and begins(columns)):
+        columns = columns.clone(memory_format=torch.contiguous_format)
+    return Packed(align(packed.values), align(packed.metadata), columns)
 
 
 def unpack(packed: Packed, spec: Spec, out_features: int, in_features: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import log2
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    def measured(self) -> Problem:
+        """The problem that is timed for this one: the number of tokens is the nearest power of two (in its logarithm),
+        so that a prompt of another length is decided without measuring again."""
+        return self._replace(tokens=1 << round(log2(max(1, self.tokens))))
+
 
 class Timing(NamedTuple):
     """Seconds that the fastest sparse and the dense kernel take for one problem."""
@@ -28,5 +34,11 @@ class Timing(NamedTuple):
     dense: float
 
 
-Measure = Callable[[Problem], Timing | None]
+class Failure(NamedTuple):
+    """Why a problem could not be timed: the first line of the error."""
+
+    reason: str
+
+
+Measure = Callable[[Problem], Timing | Failure | None]
 """Times a problem on its device; None where no sparse kernel exists for it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ TENSOR_CORE = {
     "gfx942": "v_mfma",
     "gfx1100": "v_wmma",
 }
+
+# One target of each kind of code in `make test`, those that get the same with `make test-slow`.
+EVERY_TARGET = [
+    pytest.param(name, marks=() if name in ("sm_80", "sm_90", "sm_100", "gfx942") else pytest.mark.slow)
+    for name in TARGETS
+]
 
 
 def feed_forward(width: int = 512, hidden: int = 1024, spec: str = "64:2:8", dtype: torch.dtype = torch.bfloat16):
@@ -50,7 +57,7 @@ def llama_layer():
     return layer, x, LlamaRotaryEmbedding(config)(x, torch.arange(160)[None])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERY_TARGET)
 def test_sparse_kernels_for_every_target(target):
     """Nothing spills, tensor cores multiply, and the hot loop has no load narrower than an asynchronous copy."""
     report = vnm.inspect(feed_forward(2048, 2048), torch.randn(256, 2048, dtype=torch.bfloat16), target=target)
@@ -64,14 +71,19 @@ def test_sparse_kernels_for_every_target(target):
         assert names, f"{kernel.name}: {kernel.instructions.names}"
         assert kernel.loop.tensor_core > 0
         assert min(kernel.loop.loads) >= 4, kernel.loop.loads
-        assert kernel.loop.loads[16] > 0
+        assert kernel.loop.loads.get(16)
         assert kernel.binary[:4] == b"\x7fELF"
-        assert (kernel.ptx is None) == (kernel.amdgcn is not None)
+        nvidia = target.startswith("sm_")
+        assert [text is not None for text in (kernel.ptx, kernel.sass, kernel.amdgcn)] == [nvidia, nvidia, not nvidia]
+        assert f".target {target}" in kernel.ptx if nvidia else f"amdhsa--{target}" in kernel.amdgcn
     assert target in str(report)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
-@pytest.mark.parametrize("spec", ["64:2:8", "128:2:16", "16:2:4", "64:1:8", "32:2:5"])
+@pytest.mark.parametrize(
+    "spec",
+    ["64:2:8", "32:2:5", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("128:2:16", "16:2:4", "64:1:8"))],
+)
 def test_nothing_spills_from_decode_to_prefill(spec, tokens):
     # 820 groups of 5 have rows of 410 bytes of metadata, which only aligned rows load well.
     layer = make_sparse_(nn.Linear(4096, 512), spec).to(torch.float16).eval()
@@ -89,10 +101,13 @@ def test_a_bert_layer():
     assert report.explanation["attention.self.query"].joined == ("attention.self.key", "attention.self.value")
     assert "aten.gelu" in up.fused_ops
     # Between attention and the end nothing stands alone: both residuals and biases are in a kernel with the norm.
-    rest = [kernel for kernel in report.kernels if kernel.template is None]
-    assert all("native_layer_norm" in kernel.name for kernel in rest[-1:])
-    assert sum("layer_norm" in kernel.name for kernel in rest) == 2
-    assert not any("vnm" in call.name for call in report.library_calls)
+    rest = [kernel.name for kernel in report.kernels if kernel.template is None]
+    assert "native_layer_norm" in rest[-1]
+    assert sum("layer_norm" in name for name in rest) == 2
+    # What Inductor did not generate is the attention, not a sparse product by the reference.
+    calls = [call.name for call in report.library_calls]
+    assert calls
+    assert all("bmm" in name or "attention" in name for name in calls), calls
 
 
 def test_a_llama_layer():
@@ -112,7 +127,12 @@ def test_narrow_layers_do_not_spill(dtype, target):
     for width in (64, 192, 256):
         layer = make_sparse_(nn.Linear(width, 192), "64:2:8").to(dtype).eval()
         report = vnm.inspect(layer, torch.randn(2, width).to(dtype), target=target)
-        assert all(kernel.spills == 0 for kernel in report.sparse), width
+        # Eight groups of fp32 are one round of a loop, which has no kernel; the reference runs then.
+        if dtype == torch.float32 and width == 64:
+            assert not report.sparse
+            assert [call.name for call in report.library_calls if "vnm" in call.name]
+            continue
+        assert [kernel.spills for kernel in report.sparse] == [0], width
 
 
 class Literals(nn.Module):
@@ -142,7 +162,7 @@ def test_what_was_inspected_before_makes_no_difference():
     assert sources[0] == sources[2]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", EVERY_TARGET)
 def test_kernels_for_any_number_of_tokens_do_not_spill(target):
     layer = make_sparse_(nn.Linear(1024, 512), "64:2:8").to(torch.bfloat16).eval()
     report = vnm.inspect(layer, torch.randn(300, 1024, dtype=torch.bfloat16), target=target, dynamic=True)
@@ -163,10 +183,16 @@ def test_symbolic_tokens():
 
 
 def test_roofline_of_a_hand_computed_case():
+    """64:2:8, 1024 x 512, 4096 tokens in bf16, on an H200 (4.8 TB/s, 989 Tflop/s)."""
     report = vnm.inspect(feed_forward(), torch.randn(4096, 512, dtype=torch.bfloat16), target="sm_90")
-    kernel, target = report.sparse[0], TARGETS["sm_90"]
-    moved, flops = float(kernel.bytes_moved.subs(TOKENS, 4096)), float(kernel.flops.subs(TOKENS, 4096))
-    assert kernel.roofline_seconds == pytest.approx(max(moved / target.bandwidth, flops / target.half_flops))
+    kernel = report.sparse[0]
+    # Half of the columns are kept: 2 x 4096 x 1024 x 256 flops, 2.2 us.
+    assert kernel.flops.subs(TOKENS, 4096) == 2_147_483_648
+    # 1024 x 64 groups of two values with a quarter byte of metadata each, 16 x 64 x 4 columns, 1024 biases, and the
+    # activations, 4096 x (512 + 1024): 2.7 us, which is more.
+    moved = 294_912 + 4_096 + 2_048 + 12_582_912
+    assert kernel.bytes_moved.subs(TOKENS, 4096) == moved
+    assert kernel.roofline_seconds == pytest.approx(moved / 4.8e12)
 
 
 def test_the_kernels_of_this_machine():
@@ -218,9 +244,64 @@ def test_saved_files_and_the_script_that_repeats_a_kernel(tmp_path):
 def test_nothing_of_the_model_changes():
     model = feed_forward()
     before = {name: (id(p), p._version) for name, p in model.named_parameters()}
+    gpu = torch.cuda.is_available()
     vnm.inspect(model, torch.randn(8, 512, dtype=torch.bfloat16), target="sm_90")
     assert {name: (id(p), p._version) for name, p in model.named_parameters()} == before
-    assert not torch.cuda.is_available()
+    assert torch.cuda.is_available() == gpu
+
+
+def test_a_wrapper_in_cpp_shows_the_same_kernels():
+    model, x = feed_forward(), torch.randn(48, 512, dtype=torch.bfloat16)
+    options = {"cpp_wrapper": True}
+    plain, wrapped = (vnm.inspect(model, x, target="sm_90", options=each) for each in ({}, options))
+    assert [kernel.source for kernel in wrapped.kernels] == [kernel.source for kernel in plain.kernels]
+    assert len(wrapped.sparse) == 2
+    here = vnm.inspect(model.float(), x.float(), options={**options, "vnm.policy": "memory"})
+    assert [kernel.language for kernel in here.sparse] == ["cpp", "cpp"]
+
+
+@contextmanager
+def precision(setting: str):
+    """TF32 allowed by one of torch's settings; all of them as before afterwards, in a way that raises nowhere."""
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+    try:
+        if setting == "allow_tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        elif setting == "matmul.fp32_precision":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        elif setting == "fp32_precision":
+            torch.backends.fp32_precision = "tf32"
+        elif setting == "set_float32_matmul_precision":
+            torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision = before
+
+
+SETTINGS = ["none", "allow_tf32", "matmul.fp32_precision", "fp32_precision", "set_float32_matmul_precision"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tf32_by_any_of_torchs_settings(setting):
+    layer, x = make_sparse_(nn.Linear(512, 64), "64:2:8").eval(), torch.randn(256, 512)
+    with precision(setting):
+        seen = torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision
+        (kernel,) = vnm.inspect(layer, x, target="sm_80").sparse
+        assert f"ALLOW_TF32 : tl.constexpr = {setting != 'none'}" in kernel.source
+        assert bool(kernel.loop.tensor_core) == (setting != "none")
+        rate = TARGETS["sm_80"].tf32_flops if setting != "none" else TARGETS["sm_80"].fp32_flops
+        flops = float(kernel.flops.subs(TOKENS, 256))
+        moved = float(kernel.bytes_moved.subs(TOKENS, 256)) / TARGETS["sm_80"].bandwidth
+        assert kernel.roofline_seconds == pytest.approx(max(moved, flops / rate))
+        assert seen == (torch.backends.cuda.matmul.fp32_precision, torch.backends.fp32_precision)
+
+
+def test_multiplications_and_additions_are_fused_by_what_is_written_not_by_default(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    (kernel, *_) = vnm.inspect(feed_forward(), torch.randn(4, 512, dtype=torch.bfloat16), target="sm_90").sparse
+    assert "'enable_fp_fusion': True" in kernel.source
+    assert any(name.startswith("FFMA") for name in kernel.instructions.names)
 
 
 def test_unknown_target():

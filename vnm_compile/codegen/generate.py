@@ -17,9 +17,13 @@ from vnm_compile.codegen.schedule import Schedule, describe, library_calls
 from vnm_compile.codegen.targets import Target
 from vnm_compile.codegen.virtual_device import device_guard, virtual_device
 
-# Inductor's options where nothing can be run: no cache that could answer instead, no measuring, no worker processes.
+WATCHED = {"fx_graph_cache": False, "cpp_wrapper": False}
+"""Inductor's options where generated code is watched: no cache that could answer instead, and a wrapper in Python, in
+which the kernels are found. A wrapper in C++ calls the same ones."""
+
+# Inductor's options where nothing can be run: no measuring, no worker processes.
 _WITHOUT_DEVICE = {
-    "fx_graph_cache": False,
+    **WATCHED,
     "compile_threads": 1,
     "shape_padding": False,
     "joint_graph_constant_folding": False,  # it computes on the device

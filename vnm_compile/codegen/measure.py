@@ -1,70 +1,110 @@
 """Time the sparse kernel of a problem against the dense one, once a machine: what policy "latency" decides by.
 
 Both are compiled as they would be in a model (a linear with its bias, through Inductor), run alternately on random
-data, and on so many copies of the weights that no cache holds them: in a model, too, a weight comes from memory.
-The result is kept beside Inductor's own caches, so a second process decides without measuring.
+data, and on copies of the weights, as many bytes of the one as of the other and more than caches hold: in a model, too,
+a weight comes from memory. The result is kept beside Inductor's own caches, so a second process decides without
+measuring.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import random
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import tracing
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vnm_compile.codegen.inductor import cache_dir, compile_graph, has_lowering, source_hash
+from vnm_compile.codegen import timings
+from vnm_compile.codegen.inductor import compile_graph, has_lowering
 from vnm_compile.format import Packed, align_rows, unpack
-from vnm_compile.problem import Problem, Timing
+from vnm_compile.problem import Failure, Problem, Timing
 
 log = logging.getLogger(__name__)
 
-_STREAMED_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of dense weights in turn: more than caches hold
-_MOST_COPIES = 32
+_STREAMED_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of weights in turn: more than caches hold
+_MOST_COPIES = {"cpu": 2048, "cuda": 256}
 _SECONDS = 0.25  # of timing a problem, once compiled
 _ROUNDS = (5, 50)  # at least, at most
 
-_known: dict[Problem, Timing | None] = {}
+_known: dict[str, Timing | Failure] = {}
+_one_at_a_time = threading.RLock()
 
 
-def measure(problem: Problem) -> Timing | None:
-    """Return the seconds of the sparse and of the dense kernel; None where there is no sparse kernel."""
-    if problem not in _known:
-        _known[problem] = _load(problem) or _measure(problem)
-    return _known[problem]
+def measure(problem: Problem) -> Timing | Failure | None:
+    """Return the seconds of the sparse and of the dense kernel for `problem.measured()`.
 
-
-def _measure(problem: Problem) -> Timing | None:
+    None where there is no sparse kernel; a `Failure` where one of them cannot be compiled or run, such as for want of
+    memory. That is not tried again in this process.
+    """
     if not has_lowering(problem.device.type):
         return None
+    problem = problem.measured()
+    key = timings.key(problem)
+    with _one_at_a_time:
+        if key not in _known:
+            _known[key] = timings.load(problem) or _measure(problem)
+        return _known[key]
+
+
+def _measure(problem: Problem) -> Timing | Failure:
     log.info("measuring %s", problem)
-    # Measured outside of whatever is being traced, on real tensors.
-    with torch.no_grad(), tracing(None), _disable_current_modes():
-        timing = _time(problem)
-    _store(problem, timing)
+    try:
+        with _undisturbed(problem.device):
+            timing = _time(problem)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        log.warning("%s could not be measured", problem, exc_info=True)
+        return Failure(f"{type(error).__name__}: {lines[0]}"[:300])
+    timings.store(problem, timing)
     return timing
 
 
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Neither does the caller's state reach what is measured (modes, gradients, autocast, default device, what is being
+    traced), nor what is measured the caller's (random numbers, current device)."""
+    devices = [device] if device.type == "cuda" else []
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    numbers = random.getstate()
+    with ExitStack() as stack:
+        while torch._C._len_torch_function_stack():  # a default device is one of these
+            stack.enter_context(_pop_mode_temporarily())
+        if devices:
+            stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.callback(random.setstate, numbers)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        # Measured outside of whatever is being traced, on real tensors.
+        stack.enter_context(tracing(None))
+        stack.enter_context(_disable_current_modes())
+        torch.use_deterministic_algorithms(False)
+        stack.callback(torch.use_deterministic_algorithms, deterministic[0], warn_only=deterministic[1])
+        yield
+
+
 def _time(problem: Problem) -> Timing:
-    dense_bytes = problem.out_features * problem.in_features * problem.dtype.itemsize
-    copies = max(1, min(_MOST_COPIES, -(-_STREAMED_BYTES[problem.device.type] // dense_bytes)))
-    packed = [random_packed(problem, seed) for seed in range(copies)]
-    if problem.device.type == "cuda":
-        packed = [align_rows(each) for each in packed]
-    size = problem.out_features, problem.in_features
-    dense = [unpack(each, problem.spec, *size) for each in packed]
-    x = torch.randn(problem.tokens, problem.in_features, device=problem.device).to(problem.dtype)
-    bias = torch.randn(problem.out_features, device=problem.device).to(problem.dtype)
-    spec = problem.spec
+    spec, device = problem.spec, problem.device
+    packed = random_packed(problem)
+    weight = unpack(packed, spec, problem.out_features, problem.in_features)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(problem.dtype)
+
+    x, bias = drawn(problem.tokens, problem.in_features), drawn(problem.out_features)
 
     def sparse_graph(x: Any, bias: Any, values: Any, metadata: Any, columns: Any) -> Any:
         args = (x, values, metadata, columns, spec.v, spec.n, spec.m, problem.in_features, problem.out_features)
@@ -73,13 +113,31 @@ def _time(problem: Problem) -> Timing:
     def dense_graph(x: Any, bias: Any, weight: Any) -> Any:
         return torch.nn.functional.linear(x, weight, bias)
 
-    run_sparse = _compile(sparse_graph, [x, bias, *packed[0]])
+    sparse_copies, dense_copies = copies(nbytes(packed), nbytes([weight]), device.type)
+    sparse = [Packed(*(array.clone() for array in packed)) for _ in range(sparse_copies)]
+    if device.type == "cuda":
+        sparse = [align_rows(each) for each in sparse]
+    dense = [weight.clone() for _ in range(dense_copies)]
+    run_sparse = _compile(sparse_graph, [x, bias, *sparse[0]])
     run_dense = _compile(dense_graph, [x, bias, dense[0]])
     return _alternate(
-        [partial(run_sparse, x, bias, *each) for each in packed],
+        [partial(run_sparse, x, bias, *each) for each in sparse],
         [partial(run_dense, x, bias, each) for each in dense],
-        problem.device,
+        device,
     )
+
+
+def copies(sparse_bytes: int, dense_bytes: int, device: str) -> tuple[int, int]:
+    """How many copies of the packed and of the dense weight are run in turn: as many bytes of one as of the other, so
+    that no cache holds one of the two only."""
+    streamed = min(_STREAMED_BYTES[device], _MOST_COPIES[device] * min(sparse_bytes, dense_bytes))
+    streamed = max(streamed, sparse_bytes, dense_bytes)
+    return -(-streamed // sparse_bytes), -(-streamed // dense_bytes)
+
+
+def nbytes(arrays: Any) -> int:
+    """Bytes that arrays take."""
+    return sum(array.numel() * array.element_size() for array in arrays)
 
 
 def _alternate(sparse: list[Callable[[], Any]], dense: list[Callable[[], Any]], device: torch.device) -> Timing:
@@ -89,8 +147,8 @@ def _alternate(sparse: list[Callable[[], Any]], dense: list[Callable[[], Any]], 
     start = time.perf_counter()
     while len(seconds[0]) < _ROUNDS[0] or (time.perf_counter() - start < _SECONDS and len(seconds[0]) < _ROUNDS[1]):
         for taken, run in zip(seconds, rounds, strict=True):
-            taken.append(run() / len(sparse))
-    return Timing(median(seconds[0]), median(seconds[1]))
+            taken.append(run())
+    return Timing(median(seconds[0]) / len(sparse), median(seconds[1]) / len(dense))
 
 
 def _round(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
@@ -143,7 +201,8 @@ def random_packed(problem: Problem, seed: int = 0) -> Packed:
     spec, device = problem.spec, problem.device
     generator = torch.Generator(device).manual_seed(seed)
     values, metadata, columns = spec.packed_shapes(problem.out_features, problem.in_features)
-    kept = torch.rand(*columns[:2], spec.m, generator=generator, device=device).topk(4, -1).indices.sort(-1).values
+    drawn = torch.rand(*columns[:2], spec.m, generator=generator, device=device, dtype=torch.float32)
+    kept = drawn.topk(4, -1).indices.sort(-1).values
     # The pairs of increasing 2-bit indices, two pairs a byte; with one value a group any index will do.
     pairs = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8, device=device)
     if spec.n == 2:
@@ -151,28 +210,5 @@ def random_packed(problem: Problem, seed: int = 0) -> Packed:
         indices = low | high << 4
     else:
         indices = torch.randint(256, metadata, generator=generator, device=device, dtype=torch.uint8)
-    drawn = torch.randn(values, generator=generator, device=device) * problem.in_features**-0.5
-    return Packed(drawn.to(problem.dtype), indices, kept.to(spec.column_dtype))
-
-
-def _path(problem: Problem) -> Path:
-    device = problem.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    key = repr((problem._replace(device=torch.device(device.type)), name, torch.__version__, source_hash("codegen")))
-    return cache_dir() / "vnm" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-
-def _load(problem: Problem) -> Timing | None:
-    try:
-        return Timing(**json.loads(_path(problem).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None  # not measured yet, or not by this version
-
-
-def _store(problem: Problem, timing: Timing) -> None:
-    path = _path(problem)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed into place: another process may be reading.
-    partial = path.with_suffix(f".{time.monotonic_ns()}.tmp")
-    partial.write_text(json.dumps(timing._asdict()))
-    partial.replace(path)
+    scaled = torch.randn(values, generator=generator, device=device, dtype=torch.float32) * problem.in_features**-0.5
+    return Packed(scaled.to(problem.dtype), indices, kept.to(spec.column_dtype))

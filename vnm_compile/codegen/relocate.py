@@ -18,7 +18,7 @@ _DEVICE_NAMES = ("cpu", "cuda")
 def fake_inputs(
     inputs: Sequence[Any], device: torch.device | str, dynamic: Mapping[int, Sequence[int]] | None = None
 ) -> list[Any]:
-    """Fake tensors on `device` with the sizes, strides and dtypes of `inputs`; what is no tensor is passed on.
+    """Fake tensors on `device` with the sizes, strides, offsets and dtypes of `inputs`; what is no tensor is passed on.
 
     Args:
         inputs: tensors, real or fake, on any device; their values are neither read nor copied.
@@ -118,4 +118,17 @@ def _fake(value: Any, mode: FakeTensorMode, device: torch.device | str, dynamic:
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         value = mode.from_tensor(value.detach(), symbolic_context=context)
     with mode:
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+        fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+        # Where it begins decides whether its address is aligned.
+        offset = value.storage_offset()
+        if isinstance(offset, int) and offset == 0:
+            return fake
+        whole = torch.empty(offset + _extent(value), dtype=value.dtype, device=device)
+        return whole.as_strided(value.size(), value.stride(), offset)
+
+
+def _extent(value: Tensor) -> Any:
+    """Elements from a tensor's first to its last."""
+    if value.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(value.size(), value.stride(), strict=True))

@@ -103,3 +103,12 @@ def find_target(name: str | Target) -> Target:
     if name not in TARGETS:
         raise VNMError(f"target {name!r} is unknown; code can be generated for {', '.join(TARGETS)}.")
     return TARGETS[name]
+
+
+def allows_tf32() -> bool:
+    """Whether the user lets fp32 matrix products run in TF32, by whichever of torch's settings: `allow_tf32`,
+    `fp32_precision` (torch.backends, .cuda or .cuda.matmul) or `torch.set_float32_matmul_precision`.
+
+    Reading `allow_tf32` raises once `fp32_precision` was set; the latter answers for all of them.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

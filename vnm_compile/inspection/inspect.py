@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from vnm_compile.backend import Prepared, compile_prepared, prepare
-from vnm_compile.codegen.generate import Generated, GeneratedKernel, generate, watch_generated
+from vnm_compile.codegen.generate import WATCHED, Generated, GeneratedKernel, generate, watch_generated
 from vnm_compile.codegen.targets import Target, find_target
 from vnm_compile.codegen.virtual_device import device_target, virtual_device
 from vnm_compile.format import Packed, align_rows
@@ -44,7 +44,7 @@ def inspect(
         args, kwargs: its inputs, on its device.
         target: a GPU architecture: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942" or "gfx1100". None
             for the device that the model is on.
-        options: as for `torch.compile`.
+        options: as for `torch.compile`; with `cpp_wrapper` the kernels are shown as a wrapper in Python calls them.
         dynamic: as for `torch.compile`.
 
     Raises:
@@ -72,7 +72,7 @@ def inspect(
             generated.append(generate(graph, everything, goal, static=static, options=inductors))
         else:
             with watch_generated(static) as written:
-                compile_prepared(gm, inputs, prepared, {**inductors, "fx_graph_cache": False}, ours)
+                compile_prepared(gm, inputs, prepared, {**inductors, **WATCHED}, ours)
             generated.extend(written)
         return gm.forward
 

@@ -16,12 +16,16 @@ from typing import Any
 
 from vnm_compile.codegen.targets import Target
 
+_PASSED_ON = ("enable_fp_fusion",)
+"""What Inductor hands from a kernel's file to the compiler, besides warps and stages."""
+
 
 @dataclass(frozen=True)
 class MachineCode:
     """What the compiler makes of a kernel.
 
     Attributes:
+        ttir: Triton's own code, before it knows of threads.
         intermediate: PTX for NVIDIA, amdgcn assembly for AMD.
         assembly: SASS for NVIDIA, amdgcn assembly for AMD.
         binary: cubin or hsaco.
@@ -31,6 +35,7 @@ class MachineCode:
         config: block sizes, warps and stages that it was compiled with.
     """
 
+    ttir: str
     intermediate: str
     assembly: str
     binary: bytes
@@ -57,23 +62,28 @@ def compile_kernel(source: str, name: str, target: Target) -> MachineCode:
         meta, config = kernel.triton_meta, kernel.configs[0]
         constants = {**meta["constants"], **config.kwargs}
         signature = {key: "constexpr" if key in constants else kind for key, kind in meta["signature"].items()}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options |= {key: meta[key] for key in _PASSED_ON if key in meta}
         compiled = triton.compile(
             ASTSource(kernel.fn, signature, constants, meta["configs"][0]),
             target=GPUTarget(target.backend, target.arch, target.warp_size),
-            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+            options=options,
         )
     used = {**kernel.inductor_meta.get("config_args", {}), **config.kwargs}
     used |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
     shared = int(compiled.metadata.shared)
     if target.backend == "hip":
         text, binary = compiled.asm["amdgcn"], compiled.asm["hsaco"]
-        return MachineCode(text, text, binary, *_amd_resources(text, target.warp_size), shared, used)
+        return MachineCode(
+            compiled.asm["ttir"], text, text, binary, *_amd_resources(text, target.warp_size), shared, used
+        )
     binary = compiled.asm["cubin"]
     sass, usage = _disassemble(binary)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resources of {name}: {usage}")
-    return MachineCode(compiled.asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
+    asm = compiled.asm
+    return MachineCode(asm["ttir"], asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
 
 
 @contextmanager

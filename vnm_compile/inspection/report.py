@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from vnm_compile.codegen.generate import GeneratedKernel
-from vnm_compile.codegen.targets import Target
+from vnm_compile.codegen.targets import Target, allows_tf32
 from vnm_compile.inspection.assembly import Instructions, count_instructions
 from vnm_compile.inspection.machine_code import MachineCode
 from vnm_compile.names import by_name, printable
@@ -117,7 +117,7 @@ class Kernel:
         tokens = self.schedule.tokens or 1
         moved, flops = (float(sympy.sympify(each).subs(TOKENS, tokens)) for each in (self.bytes_moved, self.flops))
         dtype = self.schedule.dtype or torch.float32
-        rate = self._target.peak_flops(dtype, torch.backends.cuda.matmul.allow_tf32)
+        rate = self._target.peak_flops(dtype, allows_tf32())
         return max(moved / self._target.bandwidth, flops / rate)
 
     def _per_token(self, total: int) -> sympy.Expr:

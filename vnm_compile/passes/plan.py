@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vnm_compile.annotate import Annotation
 from vnm_compile.options import Options
 from vnm_compile.passes.find import Site, hint
-from vnm_compile.problem import Measure, Problem, Timing
+from vnm_compile.problem import Failure, Measure, Problem, Timing
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.weights import detected_spec, hold_to_pattern
@@ -119,10 +119,12 @@ def _decide(
         return decide(None, f"{found}, but packed it would be no smaller")
     if options.policy == "memory":
         return decide(spec, f"{found}, policy is memory")
-    problem = Problem(tokens or 1, out_features, in_features, spec, weight.dtype, weight.device)
+    problem = Problem(tokens or 1, out_features, in_features, spec, weight.dtype, weight.device).measured()
     timing = measure(problem) if measure else None
     if timing is None:
         return decide(None, f'{found}, but no sparse kernel for it here; vnm.policy="memory" compresses it')
+    if isinstance(timing, Failure):
+        return decide(None, f"{found}, but measuring it failed ({timing.reason})")
     reason = (
         f"{found}; measured {timing.sparse * 1e6:.0f} us sparse, {timing.dense * 1e6:.0f} us dense "
         f"at T = {problem.tokens}"

@@ -37,7 +37,16 @@ class Interpreter:
 
     def run(self, wrapper: str, inputs: list[Any]) -> list[torch.Tensor]:
         """Outputs of a wrapper module for CPU inputs. New buffers are full of NaN, so what is read unwritten shows."""
-        self._pipe.send_bytes(_pack((wrapper, inputs)))
+        return self._ask("_call", wrapper, inputs)
+
+    def first_tile(
+        self, name: str, source: str, x: torch.Tensor, packed: Any, tokens: int, out_features: int
+    ) -> list[torch.Tensor]:
+        """What the first program of a kernel computes for many more tokens than there is memory: of `x [some, K]`."""
+        return self._ask("_first_tile", name, source, x, tuple(packed), tokens, out_features)
+
+    def _ask(self, function: str, *args: Any) -> list[torch.Tensor]:
+        self._pipe.send_bytes(_pack((function, args)))
         result = _unpack(self._pipe.recv_bytes())
         if isinstance(result, str):
             raise AssertionError(result)
@@ -67,12 +76,12 @@ def _serve(pipe: Any) -> None:
         _Kernels.folder = Path(folder)
         while True:
             try:
-                wrapper, inputs = _unpack(pipe.recv_bytes())
+                function, args = _unpack(pipe.recv_bytes())
             except EOFError:
                 return
             try:
                 with torch.no_grad():
-                    result: Any = list(_call(wrapper, inputs))
+                    result: Any = list(globals()[function](*args))
             except Exception:
                 result = traceback.format_exc()
             pipe.send_bytes(_pack(result))
@@ -87,6 +96,18 @@ def _call(wrapper: str, inputs: list[Any]) -> Any:
     names["empty_strided_cuda"] = _empty
     names["copy_if_misaligned"] = lambda tensor: tensor
     return names["call"](list(inputs))
+
+
+def _first_tile(
+    name: str, source: str, x: torch.Tensor, packed: tuple[torch.Tensor, ...], tokens: int, out_features: int
+) -> list[torch.Tensor]:
+    # Memory that nobody touches is not there.
+    some, width = x.shape
+    whole = torch.empty_strided((tokens, width), (1, tokens), dtype=x.dtype)
+    whole[:some] = x
+    result = torch.empty(tokens, out_features, dtype=x.dtype)
+    _Kernels().triton(name, source).function[(1, 1, 1)](whole, *packed, result)
+    return [result[:some].clone()]
 
 
 def _empty(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -155,7 +176,7 @@ class _Kernel:
 
 
 def _teach_the_interpreter() -> None:
-    """What Triton's interpreter cannot do: dot products in bf16, PTX, and the device library."""
+    """What Triton's interpreter cannot do: dot products in bf16, rounding to it, PTX, and the device library."""
     import triton.language as tl
     from torch._inductor.runtime import triton_helpers
     from triton.runtime import interpreter
@@ -167,8 +188,17 @@ def _teach_the_interpreter() -> None:
     torch.cuda.set_device = lambda index: None  # type: ignore[assignment]
     triton_helpers.set_driver_to_gpu = lambda: None
     triton_helpers.libdevice = libdevice
+    # Everything is on the CPU: nothing is copied back.
+    interpreter.GridExecutor._restore_args_dev = lambda *args: None
     builder = interpreter.InterpreterBuilder
-    dot = builder.create_dot
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def cast_impl(self: Any, value: Any, kind: Any) -> Any:
+        """To bf16 the interpreter cuts off bits; GPUs round to the nearest."""
+        if value.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return cast(self, value, kind)
+        rounded = torch.from_numpy(value.data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, _as_float(a), _as_float(b), *rest)
@@ -191,5 +221,6 @@ def _teach_the_interpreter() -> None:
 
         return Result()
 
+    builder.cast_impl = cast_impl
     builder.create_dot = create_dot
     builder.create_inline_asm = create_inline_asm

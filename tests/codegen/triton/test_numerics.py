@@ -34,19 +34,34 @@ def test_every_pattern_dtype_and_tail(interpreter, spec, dtype):
         expect(interpreter, generated, [x, *packed], F.linear(x, weight), exact)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    v=st.sampled_from([16, 32, 48, 64]),
-    n=st.sampled_from([1, 2]),
-    m=st.integers(4, 40),
-    tokens=st.integers(1, 40),
-    out_features=st.integers(1, 100),
-    in_features=st.integers(1, 200),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-    target=st.sampled_from(["sm_80", "sm_90", "gfx942"]),
-)
+ANY = {
+    "v": st.sampled_from([16, 32, 48, 64]),
+    "n": st.sampled_from([1, 2]),
+    "m": st.integers(4, 40),
+    "tokens": st.integers(1, 40),
+    "out_features": st.integers(1, 100),
+    "in_features": st.integers(1, 200),
+    "dtype": st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    "target": st.sampled_from(["sm_80", "sm_90", "gfx942"]),
+}
+SHARED = [HealthCheck.function_scoped_fixture]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=SHARED)
+@given(**ANY)
 @example(v=16, n=2, m=8, tokens=1, out_features=1, in_features=64, dtype=torch.float16, target="sm_80")
 def test_any_pattern_and_size(interpreter, v, n, m, tokens, out_features, in_features, dtype, target):
+    any_pattern_and_size(interpreter, v, n, m, tokens, out_features, in_features, dtype, target)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=SHARED)
+@given(**ANY)
+def test_very_many_patterns_and_sizes(interpreter, v, n, m, tokens, out_features, in_features, dtype, target):
+    any_pattern_and_size(interpreter, v, n, m, tokens, out_features, in_features, dtype, target)
+
+
+def any_pattern_and_size(interpreter, v, n, m, tokens, out_features, in_features, dtype, target):
     pattern, x, packed, weight = case(f"{v}:{n}:{m}", tokens, out_features, in_features, dtype)
     generated = generate(plain(pattern, out_features, in_features), [x, *packed], target, static=(1, 2, 3))
     exact = F.linear(x.double(), weight.double())

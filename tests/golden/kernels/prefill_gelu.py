@@ -21,6 +21,7 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     TAIL : tl.constexpr = False
     WORDS : tl.constexpr = tl.int32
     DTYPE : tl.constexpr = tl.bfloat16
+    WIDE : tl.constexpr = False
     COLUMN_BITS : tl.constexpr = 8
     PERMUTE_BYTES : tl.constexpr = True
     ALLOW_TF32 : tl.constexpr = False
@@ -45,7 +46,7 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     stride_x = 304  # tokens, rounded up so that rows are aligned
 
     # Programs next to each other share rows of the weight or tokens, so that caches hold what they read.
-    pid = tl.program_id(0).to(INDEX_DTYPE)
+    pid = tl.program_id(0).to(INDEX_DTYPE)  # and with it every index below
     tiles_o = (O + BLOCK_O - 1) // BLOCK_O
     tiles_t = (T + BLOCK_T - 1) // BLOCK_T
     width = GROUP_T * tiles_o
@@ -197,4 +198,5 @@ def activation_tile(x, columns, block, group, tokens, stride, groups: tl.constex
     column = of_group * M + ((four >> 8 * kept) & 255).to(tl.int32)
     # Tokens past the last lie in the padding of the rows: they are read, never stored.
     inside = (tokens < stride)[None, :]
-    return tl.load(x + column[:, None] * stride + tokens[None, :], mask=inside, other=0.0)
+    # In the width of the tokens: a feature times a row's length may be beyond 32 bits where neither factor is.
+    return tl.load(x + column[:, None].to(tokens.dtype) * stride + tokens[None, :], mask=inside, other=0.0)

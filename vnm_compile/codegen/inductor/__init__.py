@@ -4,6 +4,7 @@ torch 2.11 to the newest differ here and nowhere else. It offers `compile_graph`
 lowerings of the `vnm` ops, and hands on to the templates the private classes that they are built from.
 """
 
+from vnm_compile.codegen.inductor.addresses import fits_32_bits, fuses_multiply_add, rows_in_place
 from vnm_compile.codegen.inductor.cache_key import cache_dir, source_hash
 from vnm_compile.codegen.inductor.compile import check_options, compile_graph, mode_options
 from vnm_compile.codegen.inductor.cpp import (
@@ -52,7 +53,9 @@ __all__ = [
     "device_patches",
     "export_declaration",
     "fake_buffer",
+    "fits_32_bits",
     "forget_device_answers",
+    "fuses_multiply_add",
     "has_lowering",
     "ir",
     "layout_of",
@@ -65,6 +68,7 @@ __all__ = [
     "reindexer",
     "reshape",
     "round_up",
+    "rows_in_place",
     "size_hint",
     "source_hash",
     "store_copy",

@@ -17,15 +17,18 @@ from vnm_compile.codegen.inductor import (
     apply,
     choose_fastest,
     copy_strided,
+    fits_32_bits,
+    fuses_multiply_add,
     layout_of,
     realized,
     reshape,
     round_up,
+    rows_in_place,
     size_hint,
     tunes_exhaustively,
 )
 from vnm_compile.codegen.measure import random_packed
-from vnm_compile.codegen.targets import Target
+from vnm_compile.codegen.targets import Target, allows_tf32
 from vnm_compile.codegen.triton.configs import Config, Shape, configurations, largest_block
 from vnm_compile.codegen.triton.templates import gated_template, linear_template
 from vnm_compile.codegen.virtual_device import device_target
@@ -49,8 +52,8 @@ def linear(
 ) -> Any:
     """`vnm::linear` as one Triton kernel, or, where a single pass leaves the device idle, partial sums and their sum.
 
-    None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, and for a single
-    output feature.
+    None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, for a single
+    output feature, and where there are no tokens.
     """
     spec = Spec(v, n, m)
     if not _supported(x, values, spec, out_features):
@@ -86,7 +89,7 @@ def gated_linear(
 def _supported(x: Any, values: Any, spec: Spec, out_features: int) -> bool:
     same = x.get_dtype() in _DTYPES and values.get_dtype() == x.get_dtype()
     # Inductor stores to a tensor of one element without a mask, and a tile's other elements would overwrite it.
-    return same and largest_block(spec) >= _FEWEST_ROWS and out_features > 1
+    return same and largest_block(spec) >= _FEWEST_ROWS and out_features > 1 and 0 not in x.get_size()
 
 
 class _Sparse:
@@ -99,9 +102,9 @@ class _Sparse:
         self.dtype = x.get_dtype()
         self.target: Target = device_target(x.get_device())
         self.x = _activation(x)
-        values, metadata, columns = (realized(array) for array in arrays)
+        values, metadata = (rows_in_place(array, _ALIGNMENT, padded=True) for array in arrays[:2])
         # Metadata is read two bytes at a time where a quad of groups has as many.
-        self.arrays = (_rows_apart(values, 1), _rows_apart(metadata, spec.n), columns)
+        self.arrays = (values, _rows_apart(metadata, spec.n), rows_in_place(arrays[2], _ALIGNMENT))
         self.tokens = self.x.get_size()[0]
 
     def linear(self) -> Any:
@@ -132,7 +135,7 @@ class _Sparse:
 
     def _ranked(self, gated: bool) -> list[Config]:
         shape = Shape(
-            size_hint(self.tokens), self.rows, self.spec.groups(self.in_features), self.spec, self.dtype, gated
+            max(1, size_hint(self.tokens)), self.rows, self.spec.groups(self.in_features), self.spec, self.dtype, gated
         )
         ranked = configurations(shape, self.target)
         kept = ranked[: _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED]
@@ -149,15 +152,23 @@ class _Sparse:
         layout = layout_of(self.x, size, self.dtype if parts == 1 else torch.float32)
         inputs = [self.x, *self.arrays]
         choices: list[Any] = []
+        errors: list[Exception] = []
         for config in ranked:
-            template.maybe_append_choice(
+            error = template.maybe_append_choice(
                 choices,
                 input_nodes=tuple(inputs),
                 layout=layout,
                 num_warps=config.warps,
                 num_stages=config.stages,
+                # Said, and not left to Triton, whose default changes with 3.10.
+                triton_meta={"enable_fp_fusion": fuses_multiply_add()},
                 **self._constants(config, columns),
             )
+            if error is not None:
+                log.warning("%s with %s: %s", template.name, config, error)
+                errors.append(error)
+        if not choices:
+            raise errors[0]
         return choose_fastest(template.name, choices, inputs, layout, self._random_arrays())
 
     def _constants(self, config: Config, columns: int) -> dict[str, Any]:
@@ -189,11 +200,20 @@ class _Sparse:
             "DTYPE": {2: "tl.bfloat16" if self.dtype == torch.bfloat16 else "tl.float16", 4: "tl.float32"}[
                 self.dtype.itemsize
             ],
+            "WIDE": not fits_32_bits(*self._extents()),
             "COLUMN_BITS": 8 * spec.column_dtype.itemsize,
             # Permutations of bytes are NVIDIA's.
             "PERMUTE_BYTES": half and spec.n == 2 and self.target.backend == "cuda",
-            "ALLOW_TF32": torch.backends.cuda.matmul.allow_tf32,
+            "ALLOW_TF32": allows_tf32(),
         }
+
+    def _extents(self) -> list[Any]:
+        """Elements up to the last that a load may touch, of each array. Inductor's own check stops at the last element
+        that counts, and what a whole load brings of the padding behind it may lie beyond 32 bits."""
+        return [
+            each.get_size()[dim] * each.get_stride()[dim]
+            for each, dim in zip((self.x, *self.arrays), (1, 0, 0, 0), strict=True)
+        ]
 
     def _random_arrays(self) -> dict[int, Any]:
         """Valid random arrays to measure on: random columns would lie outside of the activations."""
