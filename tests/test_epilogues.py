@@ -40,7 +40,12 @@ def check(model, x, dtype, **kwargs):
         reference = model.double()(x.double())
     for ours, dense, exact in zip(actual, eager, reference, strict=True):
         assert (ours.dtype, ours.shape) == (dense.dtype, dense.shape)
-        assert_as_accurate_as_dense(ours, dense, exact, slack=2 if dtype == torch.float32 else 1.3)
+        if dtype == torch.float32:
+            assert_as_accurate_as_dense(ours, dense, exact, slack=2)
+            continue
+        # Of a chain of steps eager rounds each and a fused kernel some: one more rounding of the largest value is free.
+        unit = torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= 1.3 * (dense.double() - exact).abs().max() + unit
 
 
 def everything_returned(steps):

@@ -15,7 +15,19 @@ from tests.fuzz.run import replay
 CASES = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem.startswith("case_"))
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem.removeprefix("case_"))
+# Found, and not mended yet: a training graph of AOTAutograd refers weakly to a compressed weight, which then cannot be
+# swapped.
+WAITING = {
+    "to_after_compiling_compressed": pytest.mark.xfail(reason="a training graph refers to the weight", strict=True)
+}
+
+
+def case(path: Path):
+    name = path.stem.removeprefix("case_")
+    return pytest.param(path, id=name, marks=WAITING.get(name, ()))
+
+
+@pytest.mark.parametrize("path", [case(path) for path in CASES])
 def test_case(path, capsys):
     outcome = replay(runpy.run_path(str(path)))
     assert outcome.status == "right", capsys.readouterr().out
