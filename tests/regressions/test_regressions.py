@@ -18,7 +18,7 @@ CASES = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem.
 # Found, and not mended yet: a training graph of AOTAutograd refers weakly to a compressed weight, which then cannot be
 # swapped.
 WAITING = {
-    "to_after_compiling_compressed": pytest.mark.xfail(reason="a training graph refers to the weight", strict=True)
+    "to_after_compiling_compressed": pytest.mark.xfail(reason="a training graph refers to the weight", strict=False)
 }
 
 
