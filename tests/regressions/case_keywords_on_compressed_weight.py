@@ -1,5 +1,5 @@
 # seed 108: raises at call 0
-#     File "/work/wt/fuzz/vnm_compile/tensor.py", line 119, in __torch_function__
+#     File "vnm_compile/tensor.py", line 119, in __torch_function__
 #       result = handler(*args, **(kwargs or {}))
 #                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
 #   TypeError: _linear() got an unexpected keyword argument 'input'
