@@ -361,6 +361,21 @@ def test_weights_that_are_others_on_every_call_run_dense_after_a_while():
     assert len(dispatch.store._entries) <= before + 4
 
 
+def test_weights_that_hold_still_again_run_sparse_again():
+    model, x = pair(), torch.randn(5, 64)
+    run = compiled(model)
+    known = set(dispatch._dispatchers)
+    for _ in range(7):
+        agree(model, run, x)
+        with torch.no_grad():
+            model[0].weight.mul_(1.01)
+    (dispatcher,) = (ref() for key, ref in dispatch._dispatchers.items() if key not in known)
+    assert dispatcher._latest is None  # at rest
+    for _ in range(dispatch._REST[0] + 3):
+        agree(model, run, x)
+    assert dispatcher._latest is not None
+
+
 def test_layers_that_share_code_are_no_reason_to_run_dense():
     layers = [pair(seed=i) for i in range(10)]
     for layer in layers:

@@ -203,7 +203,8 @@ class Dispatcher:
         if any(_without_memory(args[i]) for i in self._positions):
             return None
         with self._lock:
-            binding = self._bindings.get(self._key(args))
+            key = self._key(args)
+            binding = self._bindings.get(key)
             if binding is not None and binding.fresh(args):
                 binding.used = True
                 self._wasted, self._rest = 0, _REST[0]
@@ -211,6 +212,7 @@ class Dispatcher:
                 return binding
             if binding is not None:
                 binding.tell()
+                self._bindings.pop(key, None)  # let go of once: while the graph rests, nothing is wasted
                 self._let_go(binding)
             return None if self._rests() else self.bind(args)
 
