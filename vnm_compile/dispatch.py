@@ -238,11 +238,6 @@ class Dispatcher:
                 self._bindings.pop(key, None)
                 self._let_go(binding)
 
-    def reset(self) -> None:
-        """Drop every binding."""
-        self._latest = None
-        self._bindings.clear()
-
     def _variant(self, args: Sequence[Any], decisions: list[Decision], first: bool = False) -> Variant:
         signature = tuple(decision.spec for decision in decisions)
         variant = self._variants.get(signature)
