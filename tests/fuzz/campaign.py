@@ -51,7 +51,7 @@ class Totals:
 
 @dataclass
 class Plan:
-    """What to run: until `minutes`, `graphs` or `calls` are reached, whichever comes first."""
+    """What to run: for `minutes`, or until `graphs` and `calls` are both reached, where they are given."""
 
     seed: int = 0
     minutes: float = 10
@@ -106,10 +106,11 @@ class Campaign:
 
     def _over(self) -> bool:
         plan, t = self.plan, self.totals
+        goals = [(plan.graphs, t.graphs), (plan.calls, t.calls)]
+        reached = [count >= goal for goal, count in goals if goal is not None]
         return (
             time.monotonic() - self.start > 60 * plan.minutes
-            or (plan.graphs is not None and t.graphs >= plan.graphs)
-            or (plan.calls is not None and t.calls >= plan.calls)
+            or (reached != [] and all(reached))
             or (plan.cases is not None and self.next >= plan.seed + plan.cases)
             or (plan.first_fault and t.failed > 0)
         )

@@ -310,8 +310,8 @@ def execute(source: str, weights: list[Weight], settings: Settings, sparse: bool
     return outcome
 
 
-REPEATS = 2
-"""Calls of each size, with other values: the second one finds what the first left behind."""
+REPEATS = 3
+"""Calls of each size, with other values: the second one finds what the first left behind, the third what the second."""
 
 
 def _call(

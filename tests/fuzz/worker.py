@@ -28,6 +28,7 @@ def prepare() -> None:
     config.aot_inductor.debug_compile = True  # -O0
     torch._functorch.config.enable_autograd_cache = False
     torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.fake_tensor_cache_enabled = False  # no two graphs are alike
     logging.disable(logging.WARNING)
 
 
