@@ -14,6 +14,7 @@ DOOR = "codegen/inductor/"
 # What the files of a part (a folder or file, the longest that fits) must never import.
 FORBIDDEN = {
     "errors.py": ["vnm_compile"],
+    "_torch.py": ["vnm_compile"],
     "spec.py": ["vnm_compile.format", "vnm_compile.passes", "vnm_compile.codegen"],
     "format.py": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend", "vnm_compile.tensor"],
     "ops.py": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend"],
@@ -54,9 +55,39 @@ def test_import_directions(path):
     for part, forbidden in FORBIDDEN.items():
         if name == part or name.startswith(part + "/"):
             wrong = [module for module in imports(path) if any(inside(module, each) for each in forbidden)]
+            wrong = [
+                module for module in wrong if not inside(module, "vnm_compile._torch")
+            ]  # it imports nothing of ours
             assert not wrong, f"{name} imports {wrong}"
     if not name.startswith(DOOR):
         assert not [module for module in imports(path) if inside(module, "torch._inductor")], f"only {DOOR} may"
+
+
+def _private_names(path: Path) -> set[str]:
+    """What a file takes from torch by a name that begins with an underscore: imports, and attributes of modules."""
+    found = {name for name in imports(path) if inside(name, "torch") and _has_private_part(name)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if text.startswith("torch.") and _has_private_part(text):
+            found.add(text)
+    return {name for name in found if not name.startswith(PUBLIC_IN_ALL_BUT_NAME)}
+
+
+def _has_private_part(name: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+# `torch._check` is documented; functions of `torch._C._nn` are what graphs are made of; a subclass is made by the rest.
+PUBLIC_IN_ALL_BUT_NAME = ("torch._check", "torch._C._nn", "torch.Tensor._make_")
+PRIVATES = ("_torch.py", DOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_doors_know_privates_of_torch(path):
+    name = str(path.relative_to(PACKAGE))
+    if not name.startswith(PRIVATES):
+        private = _private_names(path) - {"torch._C"}
+        assert not private, f"{name} uses {sorted(private)}; put it into _torch.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

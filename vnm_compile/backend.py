@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from vnm_compile import dispatch
+from vnm_compile._torch import FakeTensor, TracingContext, forget_descriptions, in_forward_mode, trace_artifact
 from vnm_compile.annotate import annotations_by_weight
 from vnm_compile.codegen.inductor import check_options, compile_graph, mode_options
 from vnm_compile.codegen.measure import measure
@@ -151,18 +149,16 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
 def _let_go(graph: fx.Graph, inputs: Sequence[Any]) -> None:
     """Drop the weak references to the inputs that the fake tensors of a kept graph hold through their mode."""
     examples = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
-    for mode in {example.fake_mode for example in examples if isinstance(example, FakeTensor)}:
-        described = mode.fake_tensor_converter.meta_converter.describer.lookup_tensor
-        for tensor in inputs:
-            if isinstance(tensor, Tensor):
-                described.pop(tensor, None)
+    for example in examples:
+        if isinstance(example, FakeTensor):
+            forget_descriptions(example, inputs)
 
 
 def _with_tangents(gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled graph, but the graph itself where forward-mode AD is under way: kernels drop tangents silently."""
 
     def run(*args: Any) -> Any:
-        return compiled(*args) if forward_ad._current_level < 0 else gm(*args)
+        return gm(*args) if in_forward_mode() else compiled(*args)
 
     return run
 
@@ -192,7 +188,7 @@ def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, decisi
     if not units:
         return Prepared(decisions, [], None, ())
     rewritten = rewrite(gm, units)
-    _artifact("vnm_graph", lambda: str(rewritten.gm.graph))
+    trace_artifact("vnm_graph", lambda: str(rewritten.gm.graph))
     packed: list[Packed] = [dispatch.packed_arrays(inputs, group) for group in rewritten.packed]
     return Prepared(decisions, units, rewritten, tuple(array for arrays in packed for array in arrays))
 
@@ -231,10 +227,4 @@ def _report(decisions: Sequence[Decision]) -> None:
     _warn_of_gradients(decisions)
     for decision in decisions:
         log.debug("%s: %s (%s)", decision.name, decision.spec or "dense", decision.reason)
-    _artifact("vnm_decisions", lambda: "\n".join(f"{d.name}\t{d.spec or 'dense'}\t{d.reason}" for d in decisions))
-
-
-def _artifact(name: str, text: Callable[[], str]) -> None:
-    """Add text to the trace that TORCH_TRACE asks for, as tlparse shows it."""
-    metadata = {"name": name, "encoding": "string"}
-    torch._logging.trace_structured("artifact", metadata_fn=lambda: metadata, payload_fn=text)
+    trace_artifact("vnm_decisions", lambda: "\n".join(f"{d.name}\t{d.spec or 'dense'}\t{d.reason}" for d in decisions))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
+from vnm_compile._torch import FakeTensor, disabled_torch_function, is_wrapped_by_transform
 from vnm_compile.errors import at_layer
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.validation import VALUE_DTYPES, stores_otherwise
@@ -17,7 +17,7 @@ from vnm_compile.validation import VALUE_DTYPES, stores_otherwise
 if TYPE_CHECKING:
     from vnm_compile.annotate import Layer
 
-_ORDINARY_FUNCTIONS = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+_ORDINARY_FUNCTIONS = (Tensor.__torch_function__, disabled_torch_function)
 
 
 def why_unusable(layer: Layer, *, written: bool = False, values: bool = True) -> str | None:
@@ -102,7 +102,7 @@ def _why_other_storage(weight: Tensor) -> str | None:
     kind = type(weight)
     if isinstance(weight, FakeTensor):
         return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(weight):
+    if is_wrapped_by_transform(weight):
         return "its weight is inside torch.func.vmap or grad; do this outside of the transformed function."
     if kind.__name__ == "DTensor":
         return (

@@ -34,9 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vnm_compile import native
+from vnm_compile._torch import without_modes
 
 _LINE = 64  # bytes of a cache line
 _SAMPLES = 4  # of a weight, one line each
@@ -104,7 +104,7 @@ def on_real_values() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False) if torch.is_autocast_enabled("cuda") else nullcontext(),
         torch.device("cpu"),
-        _disable_current_modes(),
+        without_modes(),
     ):
         yield
 

@@ -12,16 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
-from torch.utils._pytree import tree_leaves
+
+from vnm_compile._torch import (
+    OpOverload,
+    SingleLevelFunction,
+    below_autograd,
+    forward_mode_recorded,
+    in_forward_mode,
+    in_transform,
+    single_level_functions_allowed,
+    tree_leaves,
+)
 
 Rule = Callable[..., Any]
 
 
 def register_derivatives(
     library: torch.library.Library,
-    op: torch._ops.OpOverload,
+    op: OpOverload,
     backward: Rule,
     forward_mode: Rule,
     needed: Callable[[Any, int], bool] = lambda ctx, i: True,
@@ -39,7 +47,7 @@ def register_derivatives(
     """
 
     def forward(ctx, recording, *args):
-        tangents = torch.autograd.forward_ad._current_level >= 0 or _transforms()
+        tangents = in_forward_mode() or in_transform()
         saved = {i for i, arg in enumerate(args) if isinstance(arg, Tensor) and (tangents or needed(ctx, i))}
         tensors = [args[i] for i in sorted(saved)]
         ctx.save_for_backward(*tensors)
@@ -47,7 +55,7 @@ def register_derivatives(
         ctx.saved_places = sorted(saved)
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
         # A Function runs with all recording off, but the op may yet be differentiated at the levels below this one.
-        with torch.set_grad_enabled(recording), _set_fwd_grad_enabled(True):
+        with torch.set_grad_enabled(recording), forward_mode_recorded(True):
             result = _below_autograd(op, args)
         return tuple(result) if isinstance(result, list) else result
 
@@ -62,18 +70,14 @@ def register_derivatives(
 
     rules = {"forward": forward, "backward": run_backward, "jvp": run_forward_mode}
     kind: Any = type(
-        f"{op._opname}_derivatives", (_SingleLevelFunction,), {k: staticmethod(v) for k, v in rules.items()}
+        f"{op._opname}_derivatives", (SingleLevelFunction,), {k: staticmethod(v) for k, v in rules.items()}
     )
 
     def kernel(*args):
         if not differentiates(args):
             return _below_autograd(op, args)
-        allowed = torch._C._functorch.get_single_level_autograd_function_allowed()
-        torch._C._functorch.set_single_level_autograd_function_allowed(True)
-        try:
+        with single_level_functions_allowed():
             result = kind.apply(torch.is_grad_enabled(), *args)
-        finally:
-            torch._C._functorch.set_single_level_autograd_function_allowed(allowed)
         return list(result) if isinstance(result, tuple) else result
 
     library.impl(op, kernel, "Autograd")
@@ -81,17 +85,13 @@ def register_derivatives(
 
 def differentiates(args: Any) -> bool:
     """Whether a derivative of what is computed from `args` may be asked for, in any mode."""
-    if torch.autograd.forward_ad._current_level >= 0 or _transforms():
+    if in_forward_mode() or in_transform():
         return True
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in tree_leaves(args))
 
 
-def _transforms() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _below_autograd(op: torch._ops.OpOverload, args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+def _below_autograd(op: OpOverload, args: Any) -> Any:
+    with below_autograd():
         return op(*args)
 
 

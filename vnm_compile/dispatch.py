@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from vnm_compile._torch import FakeTensor
 from vnm_compile.contents import Place, Watch, contents, fingerprint_of, readable, version_of
 from vnm_compile.format import Packed
 from vnm_compile.passes import Decision, PackedInput

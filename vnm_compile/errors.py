@@ -37,6 +37,6 @@ def for_dynamo(error: VNMError) -> VNMError:
 
 @cache
 def _dynamo_kind() -> type[VNMError]:
-    from torch._dynamo.exc import ShortenTraceback  # heavy, and needed by a backend only
+    from vnm_compile._torch import short_traceback
 
-    return type("VNMError", (VNMError, ShortenTraceback), {"__module__": __name__, "__doc__": VNMError.__doc__})
+    return type("VNMError", (VNMError, short_traceback()), {"__module__": __name__, "__doc__": VNMError.__doc__})

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from vnm_compile.annotate import linear_layers
 
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 _LEAST_SIDE = 4  # what is narrower is no matrix that a pattern could be meant for
 
 
@@ -78,7 +80,7 @@ def _reason(module: nn.Module, parameter: Tensor) -> str | None:
         module, nn.Embedding | nn.EmbeddingBag
     )):  # fmt: skip
         return None
-    if isinstance(module, _ConvNd):
+    if isinstance(module, _CONVOLUTIONS):
         if all(size == 1 for size in module.kernel_size):
             return "a 1x1 convolution: only linear layers are handled; as an nn.Linear it could follow a pattern"
         return "a convolution: only linear layers are handled"

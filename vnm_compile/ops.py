@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vnm_compile._torch import OpOverload, autocast_excluded, autocast_key, below_autograd
 from vnm_compile.derivatives import differentiates, register_derivatives
 from vnm_compile.format import Packed, unpack, unpack_indices
 from vnm_compile.spec import Spec
@@ -267,7 +268,7 @@ def _differentiable_gated_linear(*args):
     """A gated pair whose derivative is asked for is computed as its parts, which have one."""
     if differentiates(args):
         return _gated_linear(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return _ops.gated_linear.default(*args)
 
 
@@ -317,15 +318,14 @@ for _op, _leading in (
 
 def _autocast(device: str) -> None:
     """Under autocast the floating-point operands take its dtype, as those of F.linear do."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
 
-    def register(op: torch._ops.OpOverload) -> None:
+    def register(op: OpOverload) -> None:
         def cast(*args):
             dtype = torch.get_autocast_dtype(device)
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            with autocast_excluded(device):
                 return op(*(arg.to(dtype) if _is_castable(arg) else arg for arg in args))
 
-        _library.impl(op, cast, f"Autocast{device.upper()}")
+        _library.impl(op, cast, autocast_key(device))
 
     register(_ops.linear.default)
     register(_ops.gated_linear.default)

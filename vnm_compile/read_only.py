@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from vnm_compile._torch import disabled_torch_function, tree_leaves, tree_map_only, without_dispatch
 from vnm_compile.errors import VNMError
 
 
@@ -18,7 +18,7 @@ class ReadOnly(Tensor):
     Reads as any tensor does, and what is computed from it is an ordinary tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def of(result: Any) -> Any:
@@ -56,5 +56,5 @@ class ReadOnly(Tensor):
 
 
 def _plain(view: Tensor) -> Tensor:
-    with torch._C._DisableTorchDispatch():
+    with without_dispatch():
         return torch.Tensor._make_subclass(Tensor, view)

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from vnm_compile._torch import FakeTensor
 from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.format import Packed, pack, unpack
 from vnm_compile.spec import Spec

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from vnm_compile._torch import tree_leaves, tree_map_only, without_torch_function
 from vnm_compile.errors import VNMError
 from vnm_compile.format import Packed
 from vnm_compile.ops import linear
@@ -28,7 +28,7 @@ def torch_function(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> An
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         return func(*args, **kwargs)
 
 
@@ -106,7 +106,7 @@ def _set_data(target: VNMTensor, source: Tensor) -> Any:
             f"weight.data = dense: the compressed weight {list(target.shape)} could not follow later writes into the "
             "dense tensor. Copy it (weight.data.copy_(dense)), or assign a compressed one (vnm.compress(dense, spec))."
         )
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         torch.Tensor.data.__set__(target, source)  # type: ignore[attr-defined]
     target._stored = source._checked
     return None

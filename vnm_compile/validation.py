@@ -10,8 +10,8 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from vnm_compile._torch import FakeTensor
 from vnm_compile.errors import VNMError
 from vnm_compile.format import Packed
 from vnm_compile.spec import Spec

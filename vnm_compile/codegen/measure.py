@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import tracing
-from torch.overrides import _pop_mode_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
+from vnm_compile._torch import tracing, without_function_modes, without_modes
 from vnm_compile.codegen import timings
 from vnm_compile.codegen.inductor import compile_graph, has_lowering
 from vnm_compile.format import Packed, align_rows, unpack
@@ -77,8 +75,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     numbers = random.getstate()
     with ExitStack() as stack:
-        while torch._C._len_torch_function_stack():  # a default device is one of these
-            stack.enter_context(_pop_mode_temporarily())
+        stack.enter_context(without_function_modes())
         if devices:
             stack.enter_context(torch.cuda.device(device))
         stack.enter_context(torch.random.fork_rng(devices))
@@ -89,7 +86,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         # Measured outside of whatever is being traced, on real tensors.
         stack.enter_context(tracing(None))
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(without_modes())
         torch.use_deterministic_algorithms(False)
         stack.callback(torch.use_deterministic_algorithms, deterministic[0], warn_only=deterministic[1])
         yield

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vnm_compile._torch import FakeTensor, FakeTensorMode, is_traceable_wrapper_subclass
 
 _DEVICE_NAMES = ("cpu", "cuda")
 
@@ -105,7 +105,7 @@ def _is_number(value: Tensor) -> bool:
 
 
 def _is_fake(value: Any) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
+    return isinstance(value, FakeTensor)
 
 
 def _fake(value: Any, mode: FakeTensorMode, device: torch.device | str, dynamic: tuple[int, ...]) -> Any:

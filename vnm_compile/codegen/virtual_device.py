@@ -21,9 +21,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._dynamo.device_interface import CudaInterface
-from torch._subclasses import fake_tensor
 
+from vnm_compile._torch import cuda_answers
 from vnm_compile.codegen.inductor import device_patches, forget_device_answers
 from vnm_compile.codegen.targets import TARGETS, Target, find_target
 
@@ -165,16 +164,8 @@ def _torch_answers(target: Target) -> list[tuple[Any, str, Any]]:
         (torch.cuda, "_exchange_device", always(0)),
         (torch.cuda, "_maybe_exchange_device", always(0)),
         *((torch.cuda, name, value) for name, value in same_everywhere.items()),
-        *((CudaInterface, name, staticmethod(value)) for name, value in same_everywhere.items()),
-        *(
-            (CudaInterface.Worker, name, staticmethod(same_everywhere[name]))
-            for name in ("get_device_properties", "current_device")
-        ),
-        (CudaInterface, "is_bf16_supported", always(True)),
         (torch.version, "hip", _HIP_VERSION if target.backend == "hip" else None),
-        # Fake tensors would otherwise initialise the device that they are fakes of.
-        (fake_tensor, "init_gpu_context", always(None)),
-        (fake_tensor.FakeTensorMode, "avoid_device_init", True),
+        *cuda_answers(same_everywhere),
     ]
 
 

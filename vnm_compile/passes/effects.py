@@ -16,8 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
+
+from vnm_compile._torch import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    is_traceable_wrapper_subclass,
+    tree_leaves,
+)
 
 _ARITHMETIC = (
     "add",
@@ -82,9 +88,9 @@ def effect_of(node: fx.Node) -> Effect:
     if node.op != "call_function":
         return _unknown(node)
     target = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverload | OpOverloadPacket):
         return Effect(_written_by_schema(node, _schemas(target)))
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return _higher_order_effect(node)
     if inspect.ismethoddescriptor(target):
         return _method_effect(node, target.__name__)
@@ -180,7 +186,7 @@ def _aten(name: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _schemas(target: Any) -> tuple[Any, ...]:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return (target._schema,)
     return tuple(getattr(target, overload)._schema for overload in target.overloads())
 
@@ -312,7 +318,7 @@ def _may_alias(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name in ("setitem", "delitem"):
         return False  # they have no value
-    known = isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    known = isinstance(node.target, OpOverload | OpOverloadPacket)
     packet = node.target if known else _aten(name)
     if packet is None:
         return True
@@ -322,7 +328,7 @@ def _may_alias(node: fx.Node) -> bool:
 
 def _returns_an_input(node: fx.Node) -> bool:
     """Whether a higher-order op returns what it was given, or a view of it."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return False
     bodies = list(subgraphs(node))
     for body in bodies:

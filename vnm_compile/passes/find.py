@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from vnm_compile._torch import HigherOrderOperator, is_traceable_wrapper_subclass
 from vnm_compile.passes.effects import Effects
 from vnm_compile.passes.forms import Product, example, is_view, product_of, through_views
 from vnm_compile.passes.higher_order import Body, bodies, why_not_rewritten
@@ -211,7 +211,7 @@ def _only_multiplies(user: fx.Node) -> bool:
     """Whether a user of a weight is a linear, or a view that only linears use."""
     if product_of(user) is not None:
         return True
-    if user.op == "call_function" and isinstance(user.target, torch._ops.HigherOrderOperator):
+    if user.op == "call_function" and isinstance(user.target, HigherOrderOperator):
         return True  # what its graphs do with the weight is looked at on its own
     return is_view(user) and all(_only_multiplies(each) for each in user.users)
 

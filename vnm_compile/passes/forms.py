@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vnm_compile._torch import is_traceable_wrapper_subclass
 
 _aten = torch.ops.aten
 _FUNCTIONS: dict[Any, str] = {

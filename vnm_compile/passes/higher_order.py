@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
+from vnm_compile._torch import HigherOrderOperator, tree_leaves
 from vnm_compile.passes.effects import INLINED, attribute, subgraphs
 from vnm_compile.passes.regions import modes
 
@@ -56,7 +55,7 @@ class Body:
 
 def bodies(node: fx.Node) -> Iterator[Body]:
     """The graphs that a node runs, if it is a higher-order op."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return
     take = _OPERANDS.get(_name(node))
     leaves = tree_leaves(take(node.args) if take else (), is_leaf=lambda each: isinstance(each, fx.Node))
@@ -82,7 +81,7 @@ def flatten(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _can_be_written_out(node: fx.Node, grad: bool) -> bool:
-    if grad or node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if grad or node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return False
     found = list(bodies(node))
     return _name(node) in _WRITTEN_OUT and len(found) == 1 and None not in found[0].operands

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from vnm_compile._torch import FakeTensor, is_traceable_wrapper_subclass
 from vnm_compile.annotate import Annotation
 from vnm_compile.options import Options
 from vnm_compile.passes.find import Site, hint

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from vnm_compile._torch import open_transforms
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -62,6 +64,5 @@ def modes(graph: fx.Graph, start: Mode | None = None) -> dict[fx.Node, Mode]:
 
 def current_mode() -> Mode:
     """The mode of the caller."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
     autocast = frozenset(device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
-    return Mode(torch.is_grad_enabled(), len(stack), autocast)
+    return Mode(torch.is_grad_enabled(), open_transforms(), autocast)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 
+from vnm_compile._torch import constant_source
 from vnm_compile.passes.forms import example, is_view, product_of
 from vnm_compile.passes.higher_order import with_graph
 from vnm_compile.passes.merge import Unit, is_activation
@@ -104,7 +104,7 @@ def _append_placeholders(graph: fx.Graph, count: int) -> list[tuple[fx.Node, ...
             name = f"vnm_{i}_{array}"
             with graph.inserting_after(last):
                 last = graph.placeholder(name)
-            last._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+            last._dynamo_source = constant_source(name)  # type: ignore[attr-defined]
             # A static input: CUDA graphs may keep its address.
             last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
             nodes.append(last)

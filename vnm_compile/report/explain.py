@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from vnm_compile._torch import static_sizes, tree_leaves, unwrapped_errors
 from vnm_compile.annotate import Layer, annotation_of, linear_layers
 from vnm_compile.backend import Prepared, prepare
 from vnm_compile.checks import why_unusable
@@ -157,13 +157,8 @@ def trace(
     call = FunctionType(_call.__code__.replace(), globals())
     # What was traced before with other sizes, here or elsewhere, must not make these dynamic: the answer would depend
     # on what was asked before.
-    try:
-        with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-            torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
-    except torch._dynamo.exc.BackendCompilerFailed as failed:
-        if isinstance(failed.inner_exception, VNMError):
-            raise failed.inner_exception from None  # what the user is told, without Dynamo's wrapping
-        raise
+    with unwrapped_errors(VNMError), torch.no_grad(), static_sizes():
+        torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
 
 
 def used_parameters(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:

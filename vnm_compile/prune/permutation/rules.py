@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from vnm_compile._torch import tree_leaves
 from vnm_compile.prune.permutation.orders import (
     Digit,
     Dim,
@@ -75,7 +75,7 @@ class Step:
 
     def tensors(self) -> list[fx.Node]:
         """Every tensor among the arguments."""
-        flat = pytree.tree_leaves((self.node.args, self.node.kwargs))
+        flat = tree_leaves((self.node.args, self.node.kwargs))
         return [x for x in flat if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
 
 
@@ -96,7 +96,7 @@ def apply_rule(node: fx.Node, layouts: Layouts) -> None:
         layouts[node] = rule(step)
         assert tuple(map(size_of, layouts[node])) == step.shape, f"{node.target}: {layouts[node]} is not {step.shape}"
         return
-    for operand in pytree.tree_leaves((node.args, node.kwargs)):
+    for operand in tree_leaves((node.args, node.kwargs)):
         if operand in layouts:
             pin(layouts[operand], step.why)
 
