@@ -15,6 +15,7 @@ DOOR = "codegen/inductor/"
 FORBIDDEN = {
     "errors.py": ["vnm_compile"],
     "_torch.py": ["vnm_compile"],
+    "activations.py": ["vnm_compile"],
     "spec.py": ["vnm_compile.format", "vnm_compile.passes", "vnm_compile.codegen"],
     "format.py": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend", "vnm_compile.tensor"],
     "ops.py": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend"],
@@ -96,6 +97,23 @@ def test_files_are_small_and_say_what_they_are(path):
     assert len(text.splitlines()) <= 600
     assert ast.get_docstring(ast.parse(text)), "a module starts with what it is"
     assert path.stem not in ("utils", "helpers", "misc", "common")
+
+
+def strings(path: Path) -> set[str]:
+    """The texts of a file, docstrings aside."""
+    tree = ast.parse(path.read_text())
+    documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in documents]
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+def test_activations_are_entries_of_one_table():
+    from vnm_compile.activations import ACTIVATIONS
+
+    table = PACKAGE / "activations.py"
+    assert set(ACTIVATIONS) <= strings(table)
+    for path in FILES:
+        assert path == table or not set(ACTIVATIONS) & strings(path), f"{path.name} knows an activation by name"
 
 
 def test_examples_have_a_main():

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vnm_compile._torch import OpOverload, autocast_excluded, autocast_key, below_autograd
+from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.derivatives import differentiates, register_derivatives
 from vnm_compile.format import Packed, unpack, unpack_indices
 from vnm_compile.spec import Spec
@@ -38,15 +39,6 @@ _library.define(
     "sections(Tensor y, SymInt[] widths, SymInt[] strides) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
 )
 _ops = torch.ops.vnm
-
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-    "sigmoid": torch.sigmoid,
-}
-"""The activations that `vnm::gated_linear` takes, by name."""
 
 
 def linear(
@@ -144,7 +136,7 @@ def gated_linear(
             dimension: `values` is `[2 R, G*N]` with R the padded rows of one of the two.
         v, n, m: the pattern of both.
         in_features, out_features: size of one of the two weights.
-        activation: a key of `GATES`.
+        activation: a name in `vnm_compile.activations`.
 
     Returns:
         `[..., out_features]`, contiguous, the dtype of x.
@@ -158,7 +150,7 @@ def _gated_linear(x, values, metadata, columns, v, n, m, in_features, out_featur
     sizes = (v, n, m, in_features, out_features)
     gate = _ops.linear.default(x, values[:rows], metadata[:rows], columns[: rows // v], *sizes)
     up = _ops.linear.default(x, values[rows:], metadata[rows:], columns[rows // v :], *sizes)
-    return GATES[activation](gate) * up
+    return ACTIVATIONS[activation].eager(gate) * up
 
 
 def _gated_linear_shape(x, values, metadata, columns, v, n, m, in_features, out_features, activation):

@@ -9,24 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch.nn import functional as F
 
+from vnm_compile.activations import activation_of
 from vnm_compile.passes.effects import Effects
 from vnm_compile.passes.forms import example
 from vnm_compile.passes.plan import Decision
 from vnm_compile.tensor import VNMTensor
 
 _MULTIPLY = {operator.mul, torch.mul, "mul", "__mul__"}
-_ACTIVATIONS = {
-    F.silu: "silu",
-    torch._C._nn.silu: "silu",
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.sigmoid: "sigmoid",
-    torch.sigmoid: "sigmoid",
-    F.gelu: "gelu",
-    torch._C._nn.gelu: "gelu",
-}
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class Unit:
     Attributes:
         kind: "single", "siblings" (one op, its output cut into sections) or "gated" (`activation(gate) * up`).
         members: the decisions it is made of, in graph order; gate then up where gated.
-        activation: of a gated unit, a key of `vnm_compile.ops.GATES`.
+        activation: of a gated unit, a name in `vnm_compile.activations`.
         result: the node whose value a gated unit computes.
     """
 
@@ -76,7 +66,7 @@ def _gated_units(decisions: Sequence[Decision], effects: Effects) -> list[Unit]:
     units = []
     for gate in by_node.values():
         activated = _only_user(gate.site.node)
-        activation = _activation(activated)
+        activation = activation_of(activated)
         product = _only_user(activated) if activation else None
         if product is None or product.target not in _MULTIPLY or len(product.args) != 2 or product.kwargs:
             continue
@@ -136,18 +126,3 @@ def _has_plain_bias(decision: Decision) -> bool:
 
 def _only_user(node: fx.Node | None) -> fx.Node | None:
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
-
-
-def is_activation(node: fx.Node) -> bool:
-    """Whether a node applies an activation that a gated unit may take in."""
-    return _activation(node) is not None
-
-
-def _activation(node: fx.Node | None) -> str | None:
-    """Name of the activation that a node applies, or None."""
-    name = _ACTIVATIONS.get(node.target) if node is not None and node.op == "call_function" else None  # type: ignore[arg-type]
-    if name is None or node is None or node.kwargs.get("inplace") or len(node.args) != 1:
-        return None
-    if name == "gelu" and node.kwargs.get("approximate", "none") == "tanh":
-        return "gelu_tanh"
-    return name

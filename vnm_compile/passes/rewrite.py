@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from vnm_compile._torch import constant_source
+from vnm_compile.activations import activation_of
 from vnm_compile.passes.forms import example, is_view, product_of
 from vnm_compile.passes.higher_order import with_graph
-from vnm_compile.passes.merge import Unit, is_activation
+from vnm_compile.passes.merge import Unit
 from vnm_compile.passes.plan import Decision
 from vnm_compile.spec import Spec
 
@@ -193,7 +194,7 @@ class _Writer:
         above = [each for each in node.all_input_nodes if each.op != "placeholder"]
         self.graph.erase_node(node)
         for each in above:
-            if not each.users and (product_of(each) or is_activation(each) or is_view(each)):
+            if not each.users and (product_of(each) or activation_of(each) or is_view(each)):
                 self.erase(each)
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.codegen.triton.cases import arrays, case, expect, plain
+from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import generate
 from vnm_compile.format import align_rows, unpack
-from vnm_compile.ops import GATES
 
 SHAPES = [  # tokens, out_features, in_features: tails everywhere
     (1, 128, 128),
@@ -116,7 +116,7 @@ def test_prologue_and_epilogue_are_fused_and_right(interpreter, spec, tokens, dt
 
 
 @pytest.mark.parametrize("tokens", [2, 50])
-@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated(interpreter, activation, tokens):
     pattern, x, gate, gate_weight = case("32:2:8", tokens, 72, 132, torch.bfloat16)
     up = arrays(72, 132, pattern, torch.bfloat16, seed=1)
@@ -127,7 +127,7 @@ def test_gated(interpreter, activation, tokens):
         return torch.ops.vnm.gated_linear(x, values, metadata, columns, 32, 2, 8, 132, 72, activation)
 
     generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
-    act = GATES[activation]
+    act = ACTIVATIONS[activation].eager
     dense = act(F.linear(x, gate_weight)) * F.linear(x, up_weight)
     exact = act(F.linear(x.double(), gate_weight.double())) * F.linear(x.double(), up_weight.double())
     expect(interpreter, generated, [x, *both], dense, exact)
@@ -150,19 +150,21 @@ def test_split_sums(interpreter):
     expect(interpreter, generated, [x, *packed, bias], dense, exact)
 
 
-def test_split_sums_of_a_gated_pair(interpreter):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_split_sums_of_a_gated_pair(interpreter, activation):
+    """A second kernel adds the sums up and applies the activation, lowered from its eager function."""
     pattern, x, gate, gate_weight = case("64:2:8", 2, 100, 2048, torch.float16)
     up = arrays(100, 2048, pattern, torch.float16, seed=1)
     both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return torch.ops.vnm.gated_linear(x, values, metadata, columns, 64, 2, 8, 2048, 100, "gelu_tanh")
+        return torch.ops.vnm.gated_linear(x, values, metadata, columns, 64, 2, 8, 2048, 100, activation)
 
     generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
     assert any("SPLITS : tl.constexpr = 4" in kernel.source for kernel in generated.kernels)
     weights = gate_weight, unpack(up, pattern, 100, 2048)
     dense, exact = (
-        F.gelu(F.linear(x.to(kind), weights[0].to(kind)), approximate="tanh")
+        ACTIVATIONS[activation].eager(F.linear(x.to(kind), weights[0].to(kind)))
         * F.linear(x.to(kind), weights[1].to(kind))
         for kind in (torch.float16, torch.float64)
     )

@@ -185,23 +185,3 @@ def activation_tile(x, columns, block, group, tokens, stride, groups: tl.constex
 @triton.jit
 def silu(x):
     return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def gelu(x):
-    return 0.5 * x * (1.0 + libdevice.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def gelu_tanh(x):
-    return 0.5 * x * (1.0 + libdevice.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-def relu(x):
-    return tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))

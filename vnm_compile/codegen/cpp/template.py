@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 
+from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.inductor import (
     CppTemplateKernel,
     FusingTemplate,
@@ -27,18 +28,6 @@ from vnm_compile.spec import Spec
 
 _FOLDER = Path(__file__).parent
 _MOST_ROWS = 64  # of a tile; kMostRows in sparse_rows.h
-
-# What a gated unit applies to the gate `g`, a vector of floats.
-ACTIVATIONS = {
-    "silu": "g / (vnm::Vec(1.f) + g.neg().exp())",
-    "sigmoid": "vnm::Vec(1.f) / (vnm::Vec(1.f) + g.neg().exp())",
-    "relu": "at::vec::maximum(g, vnm::Vec(0.f))",
-    "gelu": "vnm::Vec(.5f) * g * (vnm::Vec(1.f) + (g * vnm::Vec(0.70710678118654752f)).erf())",
-    "gelu_tanh": (
-        "vnm::Vec(.5f) * g * (vnm::Vec(1.f) + (vnm::Vec(0.79788456080286536f) * "
-        "(g + vnm::Vec(0.044715f) * g * g * g)).tanh())"
-    ),
-}
 
 
 @cache
@@ -125,7 +114,7 @@ class SparseLinearTemplate(FusingTemplate):
                 most_rows=min(self.spec.v, _MOST_ROWS),
                 num_threads=self.num_threads,
                 gated=self.activation is not None,
-                activation=ACTIVATIONS.get(self.activation or ""),
+                activation=ACTIVATIONS[self.activation].cpp if self.activation else None,
             )
 
     def local_tile(self, kernel: CppTemplateKernel, name: str, sizes: list[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -10,15 +11,19 @@ import sympy
 import torch
 from torch._inductor import config as inductor_config
 from torch._inductor import ir, lowering
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.select_algorithm import TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._ordered_set import OrderedSet
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
     "TritonTemplate",
     "V",
     "apply",
+    "apply_function",
     "choose",
     "choose_fastest",
     "copy_strided",
@@ -146,3 +151,22 @@ def apply(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Lower an aten op: what a lowering makes of its own results (sums, casts, activations) and Inductor fuses."""
     with _own_origins():
         return lowering.lowerings[op](*args, **kwargs)
+
+
+def apply_function(function: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
+    """Lower an eager function of one tensor, element by element: the ops that it consists of, as Inductor sees them."""
+    values: dict[torch.fx.Node, Any] = {}
+    graph = _elementwise_graph(function)
+    for node in graph.nodes:
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        if node.op == "output":
+            return args[0]
+        values[node] = x if node.op == "placeholder" else apply(node.target, *args, **kwargs)
+    raise AssertionError("a graph has an output")
+
+
+@functools.cache
+def _elementwise_graph(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.fx.Graph:
+    with _disable_current_modes(), torch.no_grad():
+        trace = make_fx(lambda x: function(x), decomposition_table=select_decomp_table())  # with no other arguments
+        return trace(torch.zeros(2, 2)).graph

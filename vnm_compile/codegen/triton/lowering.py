@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.inductor import (
     apply,
+    apply_function,
     choose_fastest,
     copy_strided,
     fits_32_bits,
@@ -127,7 +129,7 @@ class _Sparse:
         both = self._sums(ranked, self.rows + self.out_features)
         gate = apply(aten.slice.Tensor, both, 1, 0, self.out_features)
         up = apply(aten.slice.Tensor, both, 1, self.rows, self.rows + self.out_features)
-        product = apply(aten.mul.Tensor, _ACTIVATIONS[activation](gate), up)
+        product = apply(aten.mul.Tensor, apply_function(ACTIVATIONS[activation].eager, gate), up)
         return self._cast(product)
 
     def _cast(self, node: Any) -> Any:
@@ -260,23 +262,3 @@ def _readable(array: Any) -> int:
 def _aligned(array: Any) -> int:
     """Elements of a row, rounded up to whole loads."""
     return int(round_up(int(array.get_size()[1]), _ALIGNMENT // array.get_dtype().itemsize))
-
-
-_ACTIVATIONS = {
-    "silu": lambda x: apply(aten.mul.Tensor, x, apply(aten.sigmoid.default, x)),
-    "gelu": lambda x: _gelu(x, lambda y: apply(aten.erf.default, apply(aten.mul.Tensor, y, 0.5**0.5))),
-    "gelu_tanh": lambda x: _gelu(x, lambda y: apply(aten.tanh.default, _tanh_argument(y))),
-    "relu": lambda x: apply(aten.relu.default, x),
-    "sigmoid": lambda x: apply(aten.sigmoid.default, x),
-}
-"""The gates of `vnm_compile.ops.GATES`, as nodes."""
-
-
-def _gelu(x: Any, distribution: Any) -> Any:
-    return apply(aten.mul.Tensor, apply(aten.mul.Tensor, x, 0.5), apply(aten.add.Tensor, distribution(x), 1.0))
-
-
-def _tanh_argument(x: Any) -> Any:
-    cube = apply(aten.mul.Tensor, x, apply(aten.mul.Tensor, x, x))
-    total = apply(aten.add.Tensor, x, apply(aten.mul.Tensor, cube, 0.044715))
-    return apply(aten.mul.Tensor, total, (2 / torch.pi) ** 0.5)

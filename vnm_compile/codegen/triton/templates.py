@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.inductor import TritonTemplate
 
 _HERE = Path(__file__).parent
@@ -34,6 +36,8 @@ def linear_template() -> Any:
 
 @functools.cache
 def gated_template(activation: str) -> Any:
-    """`activation(x @ gate.T) * (x @ up.T)`; `activation` is a key of `vnm_compile.ops.GATES`."""
-    source = _source("gated", "weight", "activations").replace("ACTIVATE", activation)
+    """`activation(x @ gate.T) * (x @ up.T)`; `activation` is a name in `vnm_compile.activations`."""
+    body = textwrap.indent(ACTIVATIONS[activation].triton, "    ")
+    source = _source("gated", "weight").replace("ACTIVATE", activation)
+    source += f"\n\n@triton.jit\ndef {activation}(x):\n{body}\n"
     return TritonTemplate(name=f"vnm_gated_{activation}", grid=_grid, source=source)
