@@ -87,7 +87,7 @@ def test_what_an_activation_writes_to_is_written():
 
 
 def test_modules_are_their_functions():
-    modules = nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.Sigmoid()
+    modules = nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.Sigmoid(), nn.Mish()
     model, x = linears("a", "b", bias=False), torch.randn(4, 32)
     for module in modules:
         with torch.no_grad():

@@ -88,6 +88,18 @@ _TABLE = (
         cpp="return Vec(1.f) / (Vec(1.f) + x.neg().exp());",
         triton="return 1.0 / (1.0 + tl.exp(-x))",
     ),
+    # tanh(log(1 + e^x)) is (e^2x + 2 e^x) / (e^2x + 2 e^x + 2), which for x > 20 is 1 in fp32 and e^x would overflow.
+    Activation(
+        "mish",
+        eager=F.mish,
+        functions=(F.mish, torch._C._nn.mish),
+        cpp=(
+            "const auto e = at::vec::minimum(x, Vec(20.f)).exp();\n"
+            "const auto square = e * (e + Vec(2.f));\n"
+            "return x * (square / (square + Vec(2.f)));"
+        ),
+        triton="e = tl.exp(tl.minimum(x, 20.0))\nreturn x * (e * (e + 2.0) / (e * (e + 2.0) + 2.0))",
+    ),
 )
 
 ACTIVATIONS: dict[str, Activation] = {each.name: each for each in _TABLE}

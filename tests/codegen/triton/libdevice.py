@@ -27,3 +27,8 @@ def rsqrt(x):
 @triton.jit
 def sqrt(x):
     return tl.sqrt(x)
+
+
+@triton.jit
+def log1p(x):
+    return tl.log(1.0 + x)
