@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import multiprocessing
+import operator
 import pickle
 
 import pytest
@@ -548,3 +549,63 @@ def test_pickles_of_attributes_are_checked():
     for wrong in ({}, None, state | {"columns": hostile(columns=at((0, 0, 3), 200))["columns"]}, state | {"spec": 3}):
         with pytest.raises(VNMError):
             make(wrapper, VNMTensor, arguments, wrong)
+
+
+WRITES_INTO_VIEWS = {
+    "rows": lambda w: w[:8].zero_(),
+    "row": lambda w: w[0].add_(1),
+    "data": lambda w: w.data[:, 1:].mul_(2),
+    "flat": lambda w: w.view(-1)[3:].fill_(0),
+    "transposed": lambda w: w.t()[:3].copy_(torch.ones(3, 32)),
+    "out": lambda w: torch.mul(w[1], 2, out=w[1]),
+    "item of a chunk": lambda w: operator.setitem(w.chunk(2)[1], ..., 0),
+    "unbound": lambda w: w.unbind(0)[1].relu_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES_INTO_VIEWS.values(), ids=WRITES_INTO_VIEWS)
+def test_a_write_into_a_view_inside_a_compiled_function_is_refused(write):
+    layer = compressed_linear()
+
+    def call(x):
+        with torch.no_grad():
+            write(layer.weight)
+        return layer(x)
+
+    before = layer.weight.to_dense()
+    torch._dynamo.reset()
+    with pytest.raises(VNMError, match=r"writes into a (view of a )?compressed weight"):
+        torch.compile(call, backend="vnm")(torch.randn(3, 32))
+    assert torch.equal(layer.weight.to_dense(), before)
+
+
+def test_a_write_into_what_is_computed_from_a_compressed_weight_is_none_into_it():
+    layer, x = compressed_linear(), torch.randn(3, 32)
+
+    def call(x):
+        with torch.no_grad():
+            layer.weight.to_dense().zero_()
+            layer.weight[:3].clone().zero_()
+            row = (layer.weight[:3] * 2).add_(1)
+        return layer(x), row
+
+    torch._dynamo.reset()
+    for ours, eager in zip(torch.compile(call, backend="vnm")(x), call(x), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("later", ["eager", "compiled"])
+def test_a_view_that_a_compiled_function_returns_is_read_only(later):
+    layer = compressed_linear()
+    torch._dynamo.reset()
+    rows, _ = torch.compile(lambda x: (layer.weight[2:5], layer(x)), backend="vnm")(torch.randn(3, 32))
+    assert torch.equal(rows * 1, layer.weight.to_dense()[2:5])
+    write = rows.zero_ if later == "eager" else torch.compile(lambda: rows.add_(1) * 2, backend="vnm")
+    with pytest.raises(VNMError, match="writes into a view of a compressed weight"):
+        write()
+
+
+def compressed_linear():
+    layer = make_sparse_(nn.Linear(32, 32), "16:2:8", 1).requires_grad_(False)
+    layer.weight = nn.Parameter(compress(layer.weight, "16:2:8"), requires_grad=False)
+    return layer

@@ -6,7 +6,7 @@ When a version of torch moves one of these, it is mended here and nowhere else. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ __all__ = [
     "constant_source",
     "cuda_answers",
     "disabled_torch_function",
+    "fake_modes",
     "forget_descriptions",
     "forward_mode_recorded",
     "in_forward_mode",
@@ -172,13 +173,32 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     torch._logging.trace_structured("artifact", metadata_fn=lambda: metadata, payload_fn=text)
 
 
-def forget_descriptions(fake: FakeTensor, tensors: Any) -> None:
-    """Drop the weak references to `tensors` that the mode of a fake tensor keeps: while they are there,
-    `torch.utils.swap_tensors` refuses the tensors."""
-    described = fake.fake_mode.fake_tensor_converter.meta_converter.describer.lookup_tensor
+def fake_modes(values: Any) -> set[Any]:
+    """The modes of the fake tensors among `values`, also of those inside wrapper subclasses, and the one of the
+    compilation under way."""
+    context = TracingContext.try_get()
+    found = {context.fake_mode} if context is not None and context.fake_mode is not None else set()
+    for value in tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            found.add(value.fake_mode)
+        elif isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+            found |= fake_modes([getattr(value, name) for name in names])
+    return found
+
+
+def forget_descriptions(modes: Iterable[Any], tensors: Iterable[Any]) -> None:
+    """Drop the weak references to `tensors` that fake modes and the compilation under way keep: while they are there,
+    `torch.utils.swap_tensors` refuses the tensors. (Dynamo does so after a compilation by a backend that it knows by
+    its name.)"""
+    described = [mode.fake_tensor_converter.meta_converter.describer.lookup_tensor for mode in modes]
+    context = TracingContext.try_get()
+    if context is not None:  # a backward that is compiled later keeps it
+        described.append(context.tensor_to_context)
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            described.pop(tensor, None)
+            for each in described:
+                each.pop(tensor, None)
 
 
 def cuda_answers(answers: Mapping[str, Callable[..., Any]]) -> list[tuple[Any, str, Any]]:

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from vnm_compile import dispatch
-from vnm_compile._torch import FakeTensor, TracingContext, forget_descriptions, in_forward_mode, trace_artifact
+from vnm_compile._torch import (
+    FakeTensor,
+    TracingContext,
+    fake_modes,
+    forget_descriptions,
+    in_forward_mode,
+    trace_artifact,
+)
 from vnm_compile.annotate import annotations_by_weight
 from vnm_compile.codegen.inductor import check_options, compile_graph, mode_options
 from vnm_compile.codegen.measure import measure
@@ -36,6 +43,8 @@ from vnm_compile.passes import (
     merge,
     own_copy,
     plan,
+    read_only_results,
+    refuse_lost_writes,
     rewrite,
 )
 
@@ -117,6 +126,7 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
     own = own_copy(gm)
     flat = flatten(own)
+    views = refuse_lost_writes(flat.graph, inputs)
     sites = find_linears(flat.graph, inputs)
 
     def decide(args: Sequence[Any]) -> list[Decision]:
@@ -134,24 +144,21 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     positions = sorted({site.index for site in sites if site.reason is None and site.index is not None})
     if not positions:
         _report(_plan(sites, inputs, options))
-        return finish(gm, inputs)
+        return read_only_results(finish(gm, inputs), views)
     dispatcher = dispatch.Dispatcher(positions, decide, build)
     if any(isinstance(inputs[i], FakeTensor) for i in positions):
         log.info("the weights of this graph have no values yet; it is compiled at its first call")
-        return _with_tangents(own, dispatcher)
+        return read_only_results(_with_tangents(own, dispatcher), views)
     # Whatever was known of the weights, and however they were written to since: a fresh compilation looks at them anew.
     contents.suspect(known_storages(inputs[i] for i in positions))
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
     _let_go(own.graph, inputs)
-    return _with_tangents(own, dispatcher)
+    return read_only_results(_with_tangents(own, dispatcher), views)
 
 
 def _let_go(graph: fx.Graph, inputs: Sequence[Any]) -> None:
-    """Drop the weak references to the inputs that the fake tensors of a kept graph hold through their mode."""
-    examples = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
-    for example in examples:
-        if isinstance(example, FakeTensor):
-            forget_descriptions(example, inputs)
+    """Drop the weak references to the inputs that the fake tensors of a kept graph hold through their modes."""
+    forget_descriptions(fake_modes([node.meta.get("example_value") for node in graph.nodes]), inputs)
 
 
 def _with_tangents(gm: fx.GraphModule, compiled: Callable[..., Any]) -> Callable[..., Any]:

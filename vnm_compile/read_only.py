@@ -12,6 +12,14 @@ from vnm_compile._torch import disabled_torch_function, tree_leaves, tree_map_on
 from vnm_compile.errors import VNMError
 
 
+def view_write_refused(name: str) -> VNMError:
+    """The error for an op that writes into a view of a compressed weight."""
+    return VNMError(
+        f"{name} writes into a view of a compressed weight, where it would be lost. Call vnm.decompress_model(model) "
+        "first, or clone the view."
+    )
+
+
 class ReadOnly(Tensor):
     """A view (`weight[3]`, `weight.narrow(...)`) of a weight that was unpacked for it.
 
@@ -34,10 +42,7 @@ class ReadOnly(Tensor):
             given = args[i] if i < len(args) else kwargs.get(info.name)
             writes = info.alias_info is not None and info.alias_info.is_write
             if writes and any(isinstance(leaf, ReadOnly) for leaf in tree_leaves(given)):
-                raise VNMError(
-                    f"{func} writes into a view of a compressed weight, where it would be lost. Call "
-                    "vnm.decompress_model(model) first, or clone the view."
-                )
+                raise view_write_refused(str(func))
         plain_args, plain_kwargs = tree_map_only(ReadOnly, _plain, (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         views = any(info.alias_info is not None for info in func._schema.returns)

@@ -188,6 +188,7 @@ def summary(totals: Totals, seconds: float) -> str:
         f"{totals.calls} calls in {seconds / 60:.1f} min",
         f"wrong answers {totals.statuses['wrong']}, exceptions {totals.statuses['raises']}, "
         f"crashes {totals.statuses['crashed']}, skipped (Inductor) {totals.statuses['skipped']}, "
+        f"refused (writes into a compressed weight) {totals.statuses['refused']}, "
         f"invalid programs {totals.statuses['invalid']}",
         "units: " + ", ".join(f"{kind} {count}" for kind, count in totals.units.most_common()),
     ]

@@ -32,7 +32,8 @@ class Outcome:
 
     Attributes:
         status: "right", "wrong" (a result differs), "raises" (ours raises where plain compilation does not), "skipped"
-            (plain compilation is wrong or raises too), "invalid" (eager raises on every call).
+            (plain compilation is wrong or raises too), "invalid" (eager raises on every call), "refused" (the graph
+            writes into a compressed weight, and a VNMError says so).
         differences: of the first wrong call.
         graphs, calls: compiled graphs, and calls that were compared.
         units: units of the rewritten graphs, by kind.
@@ -310,6 +311,9 @@ def execute(source: str, weights: list[Weight], settings: Settings, sparse: bool
     return outcome
 
 
+_REFUSED = "writes into a compressed weight"
+"""What a program is told that writes into a compressed weight, which the dense twin may."""
+
 REPEATS = 3
 """Calls of each size, with other values: the second one finds what the first left behind, the third what the second."""
 
@@ -329,8 +333,9 @@ def _call(
         return False
     try:
         seen = observe(compiled, model, make_input(settings, size, seed), flag, settings)
-    except Exception:
-        outcome.status, outcome.call, outcome.error = "raises", i, traceback.format_exc()
+    except Exception as error:
+        refused = settings.storage == "compressed" and _REFUSED in str(error)
+        outcome.status, outcome.call, outcome.error = "refused" if refused else "raises", i, traceback.format_exc()
         return True
     outcome.calls += 1
     outcome.differences = _differences(seen, dense, reference, case.eps)

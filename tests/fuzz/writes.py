@@ -71,19 +71,21 @@ def _step(kind: type[torch.optim.Optimizer], **kwargs: Any) -> Write:
     return write
 
 
+# The default epsilons are zero in half precision, where a step then makes NaN of what the pattern leaves out.
+_EPS = {"eps": 1e-4}
 for _name, _kind, _kwargs in (
     ("sgd", torch.optim.SGD, {"lr": 0.7}),
-    ("adam", torch.optim.Adam, {"lr": 0.2, "foreach": False}),
-    ("adamw", torch.optim.AdamW, {"lr": 0.2}),
-    ("rmsprop", torch.optim.RMSprop, {"lr": 0.1, "foreach": True}),
-    ("adagrad", torch.optim.Adagrad, {"lr": 0.2, "foreach": True}),
+    ("adam", torch.optim.Adam, {"lr": 0.2, "foreach": False, **_EPS}),
+    ("adamw", torch.optim.AdamW, {"lr": 0.2, **_EPS}),
+    ("rmsprop", torch.optim.RMSprop, {"lr": 0.1, "foreach": True, **_EPS}),
+    ("adagrad", torch.optim.Adagrad, {"lr": 0.2, "foreach": True, **_EPS}),
 ):
     DENSE_WRITES[_name] = _step(_kind, **_kwargs)  # type: ignore[arg-type]
 for _name, _kind, _kwargs in (
     ("sgd_fused", torch.optim.SGD, {"lr": 0.7, "fused": True}),
-    ("adam_fused", torch.optim.Adam, {"lr": 0.2, "fused": True}),
-    ("adamw_fused", torch.optim.AdamW, {"lr": 0.2, "fused": True}),
-    ("adagrad_fused", torch.optim.Adagrad, {"lr": 0.2, "fused": True}),
+    ("adam_fused", torch.optim.Adam, {"lr": 0.2, "fused": True, **_EPS}),
+    ("adamw_fused", torch.optim.AdamW, {"lr": 0.2, "fused": True, **_EPS}),
+    ("adagrad_fused", torch.optim.Adagrad, {"lr": 0.2, "fused": True, **_EPS}),
     ("sgd_foreach", torch.optim.SGD, {"lr": 0.7, "foreach": True, "momentum": 0.9}),
 ):
     DENSE_WRITES[_name] = _step(_kind, **_kwargs)  # type: ignore[arg-type]
@@ -336,7 +338,8 @@ def compressed_parameter(model: nn.Module, generator: torch.Generator) -> None:
         if isinstance(weight, VNMTensor):
             flip = weight.stride() != (weight.shape[1], 1)
             new = vnm.compress(new.t(), weight.spec).t() if flip else vnm.compress(new, weight.spec)
-        setattr(owner, name, nn.Parameter(new, requires_grad=False))
+        needed = weight.requires_grad and not isinstance(weight, VNMTensor)
+        setattr(owner, name, nn.Parameter(new, requires_grad=needed))
 
 
 @_compressed

@@ -1,6 +1,5 @@
 # seed 6023: raises at call 2
 #       module._apply(fn)
-#     File "torch/nn/modules/module.py", line 990, in _apply
 #       raise RuntimeError(
 #   RuntimeError: _apply(): Couldn't swap Linear.weight
 #   {'seed': 6023, 'width': 32, 'dtype': 'float32', 'mode': 'train', 'autocast': 'none', 'dynamic': True, 'storage': 'compressed', 'annotated': False, 'merge': True, 'through': 'aot', 'frozen': False, 'flat': False, 'input': 'contiguous', 'calls': ((2, 1), (2, 17), (4, 0), (2, 33), (4, 2), (2, 2), (2, 3)), 'writes': ('none', 'round_trip', 'data_copy', 'none', 'compressed_values', 'compile_again')}

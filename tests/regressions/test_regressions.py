@@ -15,16 +15,8 @@ from tests.fuzz.run import replay
 CASES = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem.startswith("case_"))
 
 
-# Found, and not mended yet: a training graph of AOTAutograd refers weakly to a compressed weight, which then cannot be
-# swapped.
-WAITING = {
-    "to_after_compiling_compressed": pytest.mark.xfail(reason="a training graph refers to the weight", strict=False)
-}
-
-
 def case(path: Path):
-    name = path.stem.removeprefix("case_")
-    return pytest.param(path, id=name, marks=WAITING.get(name, ()))
+    return pytest.param(path, id=path.stem.removeprefix("case_"))
 
 
 @pytest.mark.parametrize("path", [case(path) for path in CASES])

@@ -6,6 +6,7 @@ modules, and none knows what a kernel looks like.
 
 from vnm_compile.passes.find import Site, find_linears
 from vnm_compile.passes.higher_order import flatten
+from vnm_compile.passes.lost_writes import read_only_results, refuse_lost_writes
 from vnm_compile.passes.merge import Unit, merge
 from vnm_compile.passes.plan import Decision, plan
 from vnm_compile.passes.rewrite import PackedInput, Rewritten, own_copy, rewrite
@@ -21,5 +22,7 @@ __all__ = [
     "merge",
     "own_copy",
     "plan",
+    "read_only_results",
+    "refuse_lost_writes",
     "rewrite",
 ]

@@ -56,6 +56,8 @@ _HARMLESS = {
 _KEEPS_STATISTICS = ("batch_norm", "instance_norm", "moving_avg")
 # Changes what a tensor is, not only what it holds; and hooks, which run code that the graph does not show.
 _REPLACES = {"set_", "resize_", "resize_as_", "requires_grad_", "swap_", "backward", "_set_data_attr"}
+# Aliasing by their schemas, but what they make of a compressed weight is another weight.
+_MAY_CONVERT = {"to", "type", "type_as", "contiguous", "float", "half", "bfloat16", "double", "cpu", "cuda", "clone"}
 INLINED = "vnm_inlined"
 """Marks, in `node.meta`, what was written out from a graph within the graph: the storages of its example values are
 those of another call."""
@@ -267,6 +269,25 @@ class Effects:
         """A node, anywhere in the graph, that writes to the memory of `node`, or None."""
         group = self._find(node)
         return next((writer for _, writer, written in self._writers if self._find(written) == group), None)
+
+    def views_of(self, compressed: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """The nodes that are views of one of the weights `compressed`, each with it; the weights are among them.
+
+        A view of a compressed weight is made of a dense copy: its memory does not tell what it is a view of.
+        """
+        weight_of = {node: node for node in compressed}
+        for node in self._place if weight_of else ():
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            if name not in _MAY_CONVERT and _may_alias(node) and node.meta.get("example_value") is not None:
+                source = next((weight_of[each] for each in node.all_input_nodes if each in weight_of), None)
+                if source is not None:
+                    weight_of[node] = source
+        return weight_of
+
+    @property
+    def writes(self) -> list[tuple[fx.Node, fx.Node]]:
+        """Every write: the node that writes, and the node into which it does."""
+        return [(writer, written) for _, writer, written in self._writers]
 
     @property
     def written_inputs(self) -> tuple[int, ...]:

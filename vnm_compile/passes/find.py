@@ -72,8 +72,7 @@ def find_linears(graph: fx.Graph, inputs: Sequence[Any]) -> list[Site]:
 
     Args:
         graph: as Dynamo hands it to a backend (torch IR, parameters as placeholders). It is not changed.
-        inputs: the values of the placeholders.
-    """
+        inputs: the values of the placeholders."""
     return _Finder(graph, inputs, Effects(graph, inputs), modes(graph)).sites()
 
 
@@ -114,7 +113,7 @@ class _Finder:
         transposed = flips % 2 == (1 if product.is_linear else 0)
         reason = self.why_unfit(node, weight, value, product)
         mode = self.mode[node]
-        return Site(_weight_name(weight), node, product.x, weight, index, product.bias, transposed, reason, mode)
+        return Site(weight_name(weight), node, product.x, weight, index, product.bias, transposed, reason, mode)
 
     def why_unfit(self, node: fx.Node, weight: fx.Node, value: Tensor, product: Product) -> str | None:
         """Why a linear whose weight is an input must stay dense, or None."""
@@ -151,7 +150,7 @@ class _Finder:
                 weight = weight.all_input_nodes[0]
             index = self.position.get(weight)
             if index is not None and _is_stored(self.inputs[index]) and self.inputs[index].dim() >= 2:
-                sites.append(Site(_weight_name(weight), node, None, weight, index, reason=reason))
+                sites.append(Site(weight_name(weight), node, None, weight, index, reason=reason))
         return sites
 
     def inside(self, node: fx.Node, body: Body) -> list[Site]:
@@ -166,7 +165,7 @@ class _Finder:
         for site in found:
             index = operands[site.index] if site.index is not None else None
             weight = outer[index] if index is not None else None
-            name = _weight_name(weight) if weight is not None else site.name
+            name = weight_name(weight) if weight is not None else site.name
             reason = site.reason or why_not_rewritten(node)
             sites.append(replace(site, name=name, weight=weight, index=index, reason=reason))
         return sites
@@ -234,7 +233,8 @@ def source_name(placeholder: fx.Node) -> str:
     return ".".join(parts) or placeholder.name
 
 
-def _weight_name(placeholder: fx.Node) -> str:
+def weight_name(placeholder: fx.Node) -> str:
+    """Name of the layer whose weight a placeholder is."""
     return source_name(placeholder).removesuffix(".weight")
 
 
