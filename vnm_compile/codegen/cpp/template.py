@@ -27,12 +27,18 @@ from vnm_compile.codegen.inductor import (
 from vnm_compile.spec import Spec
 
 _FOLDER = Path(__file__).parent
-_MOST_ROWS = 64  # of a tile; kMostRows in sparse_rows.h
 
 
 @cache
 def _source(name: str) -> str:
     return (_FOLDER / name).read_text()
+
+
+@cache
+def _most_rows() -> int:
+    """Rows of a tile, at most, as the header has it."""
+    (number,) = re.findall(r"constexpr int64_t kMostRows = (\d+);", _source("sparse_rows.h"))
+    return int(number)
 
 
 @cache
@@ -111,7 +117,7 @@ class SparseLinearTemplate(FusingTemplate):
                 spec=self.spec,
                 in_features=self.in_features,
                 out_features=self.out_features,
-                most_rows=min(self.spec.v, _MOST_ROWS),
+                most_rows=min(self.spec.v, _most_rows()),
                 num_threads=self.num_threads,
                 gated=self.activation is not None,
                 activation=ACTIVATIONS[self.activation].cpp if self.activation else None,
