@@ -173,8 +173,8 @@ def measure(case: Case, device: torch.device, bandwidth: float, flops: float) ->
 def dry_run(target: str) -> Iterator[tuple[str, ...]]:
     """Generate and compile every case's kernel for a GPU that is not there; its resources and its floor there."""
     from vnm_compile.codegen.generate import generate
-    from vnm_compile.codegen.targets import find_target
     from vnm_compile.codegen.virtual_device import virtual_device
+    from vnm_compile.hardware import find_target
     from vnm_compile.inspection.machine_code import compile_kernel
 
     card = find_target(target)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vnm_compile.spec import KEPT_COLUMNS, Spec
+from vnm_compile.report.cost import CostModel
+from vnm_compile.spec import Spec
 
 TOKENS = (1, 16, 64, 2048, 8192)
 # Llama-3-8B: gate and up, down, q and o, k and v; out_features x in_features.
@@ -38,26 +39,10 @@ class Case:
         """`14336 x 4096`."""
         return f"{self.out_features} x {self.in_features}"
 
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the dense weight and of the activations."""
-        return self.out_features * self.in_features * self.dtype.itemsize + self.activation_bytes
-
-    @property
-    def sparse_bytes(self) -> int:
-        """Bytes of the stored weight and of the activations."""
-        return self.spec.nbytes(self.out_features, self.in_features, self.dtype) + self.activation_bytes
-
-    @property
-    def activation_bytes(self) -> int:
-        """Bytes of input and output."""
-        return self.tokens * (self.in_features + self.out_features) * self.dtype.itemsize
-
     def floor(self, bandwidth: float, flops: float, sparse: bool) -> float:
         """The least seconds a call can take on a device that moves `bandwidth` bytes/s and does `flops` flop/s."""
-        kept = self.spec.groups(self.in_features) * KEPT_COLUMNS if sparse else self.in_features
-        moved = self.sparse_bytes if sparse else self.dense_bytes
-        return max(moved / bandwidth, 2 * self.tokens * self.out_features * kept / flops)
+        model = CostModel(self.out_features, self.in_features, self.spec, self.dtype, balance=flops / bandwidth)
+        return model.time_at(self.tokens, sparse) / bandwidth
 
 
 def layers(specs: tuple[str, ...] = SPECS) -> Iterator[Case]:

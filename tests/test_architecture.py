@@ -16,6 +16,13 @@ FORBIDDEN = {
     "errors.py": ["vnm_compile"],
     "_torch.py": ["vnm_compile"],
     "activations.py": ["vnm_compile"],
+    "hardware.py": [
+        "vnm_compile.codegen",
+        "vnm_compile.report",
+        "vnm_compile.inspection",
+        "vnm_compile.backend",
+        "vnm_compile.passes",
+    ],
     "spec.py": ["vnm_compile.format", "vnm_compile.passes", "vnm_compile.codegen"],
     "format.py": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend", "vnm_compile.tensor"],
     "ops.py": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend"],
@@ -114,6 +121,19 @@ def test_activations_are_entries_of_one_table():
     assert set(ACTIVATIONS) <= strings(table)
     for path in FILES:
         assert path == table or not set(ACTIVATIONS) & strings(path), f"{path.name} knows an activation by name"
+
+
+def rates(path: Path) -> list[float]:
+    """Numbers as large as bytes, operations or cycles a second are."""
+    constants = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    return [node.value for node in constants if isinstance(node.value, float) and node.value >= 1e9]
+
+
+def test_speeds_of_hardware_stand_in_one_table():
+    table = PACKAGE / "hardware.py"
+    assert len(rates(table)) > 50
+    for path in FILES:
+        assert path == table or not rates(path), f"{path.name} knows a speed: {rates(path)}"
 
 
 def test_examples_have_a_main():

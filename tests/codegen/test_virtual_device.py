@@ -11,8 +11,8 @@ from torch.utils._triton import has_triton
 from vnm_compile import VNMError
 from vnm_compile.codegen.generate import generate
 from vnm_compile.codegen.relocate import fake_inputs, relocate
-from vnm_compile.codegen.targets import TARGETS, find_target
 from vnm_compile.codegen.virtual_device import active_target, device_target, virtual_device
+from vnm_compile.hardware import TARGETS, find_target
 
 TRITON_MM = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "TRITON"}
 

@@ -14,8 +14,8 @@ from torch import fx
 from vnm_compile.codegen.inductor import compile_graph, watch_codegen
 from vnm_compile.codegen.relocate import fake_inputs, relocate
 from vnm_compile.codegen.schedule import Schedule, describe, library_calls
-from vnm_compile.codegen.targets import Target
 from vnm_compile.codegen.virtual_device import device_guard, virtual_device
+from vnm_compile.hardware import Target
 
 WATCHED = {"fx_graph_cache": False, "cpp_wrapper": False}
 """Inductor's options where generated code is watched: no cache that could answer instead, and a wrapper in Python, in

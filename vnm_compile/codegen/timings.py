@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from vnm_compile.codegen.inductor import cache_dir, source_hash
-from vnm_compile.codegen.targets import allows_tf32
+from vnm_compile.hardware import allows_tf32
 from vnm_compile.problem import Problem, Timing
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 
 from vnm_compile._torch import cuda_answers
 from vnm_compile.codegen.inductor import device_patches, forget_device_answers
-from vnm_compile.codegen.targets import TARGETS, Target, find_target
+from vnm_compile.hardware import Target, find_target, target_of
 
 _lock = threading.RLock()
 _active: Target | None = None
@@ -42,30 +41,8 @@ def active_target() -> Target | None:
 
 
 def device_target(device: torch.device | int | None = None) -> Target:
-    """What code is being generated for: the virtual device if there is one, else the real one.
-
-    Limits of a real device are its own; its rates are those of the card in the table with the same architecture, or
-    with the closest one of the same make.
-    """
-    if _active is not None:
-        return _active
-    props: Any = torch.cuda.get_device_properties(device)
-    name = props.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{props.major}{props.minor}"
-    capability = (props.major, props.minor)
-    alike = [each for each in TARGETS.values() if (each.backend == "hip") == bool(torch.version.hip)]
-    below = [each for each in alike if each.capability <= capability] or alike
-    closest = TARGETS.get(name) or max(below, key=lambda each: each.capability)
-    return replace(
-        closest,
-        name=name,
-        card=props.name,
-        arch=name if torch.version.hip else 10 * props.major + props.minor,
-        warp_size=props.warp_size,
-        multiprocessors=props.multi_processor_count,
-        threads=props.max_threads_per_multi_processor,
-        shared_bytes=getattr(props, "shared_memory_per_block_optin", closest.shared_bytes),
-        l2_bytes=props.L2_cache_size,
-    )
+    """What code is being generated for: the virtual device if there is one, else the real one."""
+    return _active if _active is not None else target_of(torch.cuda.get_device_properties(device))
 
 
 @contextmanager

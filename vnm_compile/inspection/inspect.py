@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from vnm_compile.backend import Prepared, compile_prepared, prepare
 from vnm_compile.codegen.generate import WATCHED, Generated, GeneratedKernel, generate, watch_generated
-from vnm_compile.codegen.targets import Target, find_target
 from vnm_compile.codegen.virtual_device import device_target, virtual_device
 from vnm_compile.format import Packed, align_rows
+from vnm_compile.hardware import Target, find_target
 from vnm_compile.inspection.machine_code import compile_kernel
 from vnm_compile.inspection.report import Kernel, KernelReport, LibraryCall
 from vnm_compile.options import split_options

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vnm_compile.codegen.targets import Target
+from vnm_compile.hardware import Target
 
 _PASSED_ON = ("enable_fp_fusion",)
 """What Inductor hands from a kernel's file to the compiler, besides warps and stages."""

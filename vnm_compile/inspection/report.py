@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from vnm_compile.codegen.generate import GeneratedKernel
-from vnm_compile.codegen.targets import Target, allows_tf32
+from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.inspection.assembly import Instructions, count_instructions
 from vnm_compile.inspection.machine_code import MachineCode
 from vnm_compile.names import by_name, printable

@@ -11,7 +11,7 @@ import sympy
 from vnm_compile.filenames import file_name
 
 if TYPE_CHECKING:
-    from vnm_compile.codegen.targets import Target
+    from vnm_compile.hardware import Target
     from vnm_compile.inspection.report import Kernel, KernelReport
 
 _SCRIPT = Path(__file__).with_name("reproduce.py.txt")

@@ -8,14 +8,10 @@ from functools import cached_property
 import sympy
 import torch
 
+from vnm_compile.hardware import machine_of
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 TOKENS = sympy.Symbol("T", positive=True)
-
-# Arithmetic per byte of memory traffic at which a machine is in balance, in flop/byte. CPUs: about 250 Gflop/s a core
-# against 20 GB/s a core (AVX-512, fp32; bf16 dot products double it). GPUs: an H200's 989 Tflop/s dense bf16 against
-# 4.8 TB/s (NVIDIA's data sheet); its tf32 rate is half of that.
-BALANCE = {("cpu", 4): 12.5, ("cpu", 2): 25.0, ("cuda", 4): 103.0, ("cuda", 2): 206.0}
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class CostModel:
         out_features, in_features: size of the weight.
         spec: its pattern.
         dtype: of weight and activation.
-        balance: flop/byte of the machine.
+        balance: arithmetic per byte of memory traffic at which the machine is in balance, flop/byte.
         values_only: arithmetic on the kept values only (CPUs), not on the kept columns (GPUs).
     """
 
@@ -43,10 +39,13 @@ class CostModel:
     values_only: bool = False
 
     @classmethod
-    def on(cls, device: str, out_features: int, in_features: int, spec: Spec, dtype: torch.dtype) -> CostModel:
-        """The model for a device type, with the balance that `BALANCE` assumes for it."""
-        balance = BALANCE[("cpu" if device == "cpu" else "cuda", max(2, min(4, dtype.itemsize)))]
-        return cls(out_features, in_features, spec, dtype, balance, values_only=device == "cpu")
+    def on(
+        cls, device: torch.device | str, out_features: int, in_features: int, spec: Spec, dtype: torch.dtype
+    ) -> CostModel:
+        """The model for a device, as `vnm_compile.hardware` knows it; fp32 counts as tf32 on GPUs."""
+        machine = machine_of(device)
+        balance = machine.peak_flops(dtype, tf32=True) / machine.bandwidth
+        return cls(out_features, in_features, spec, dtype, balance, values_only=torch.device(device).type == "cpu")
 
     @property
     def activation_bytes(self) -> sympy.Expr:

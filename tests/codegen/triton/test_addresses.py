@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from tests.codegen.triton.cases import case, plain
 from tests.support import assert_as_accurate_as_dense
 from vnm_compile.codegen.generate import Generated, GeneratedKernel, generate
-from vnm_compile.codegen.targets import find_target
 from vnm_compile.codegen.virtual_device import virtual_device
 from vnm_compile.format import Packed, align_rows
+from vnm_compile.hardware import find_target
 from vnm_compile.inspection.machine_code import MachineCode, compile_kernel
 from vnm_compile.spec import Spec
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from tests.codegen.triton.cases import arrays, case, expect
 from vnm_compile.codegen.generate import generate
-from vnm_compile.codegen.targets import find_target
 from vnm_compile.codegen.virtual_device import virtual_device
 from vnm_compile.format import unpack
+from vnm_compile.hardware import find_target
 from vnm_compile.inspection.assembly import count_instructions
 from vnm_compile.inspection.machine_code import compile_kernel
 from vnm_compile.spec import Spec

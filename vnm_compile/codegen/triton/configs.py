@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vnm_compile.codegen.targets import Target
+from vnm_compile.hardware import Target
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 DECODE_TOKENS = 32
@@ -150,6 +150,22 @@ def _by_warp_groups(target: Target) -> bool:
     return target.backend == "cuda" and target.capability[0] in (9, 10)
 
 
+# What the estimate of a time is made of.
+_WIDE_TOKENS, _WIDE_ROWS = 128, 64
+"""From tiles this wide on the tensor cores are kept busy."""
+_TOKENS_POWER, _ROWS_POWER = 0.25, 0.5
+"""In narrower ones they wait for operands, with the width to this power."""
+_EXPAND_DIRECT, _EXPAND = 3, 5
+"""Instructions that expand a term, as counted in machine code: where a warp group multiplies out of the registers that
+it expands to, and where what is expanded changes lanes first."""
+_LANES = 128
+"""Lanes of a multiprocessor that run an instruction each in a cycle."""
+_ON_CHIP_BYTES = 48
+"""Bytes a cycle that a multiprocessor reads from L1 and L2, about."""
+_STEP_SECONDS = 1.2e-6
+"""Latency of a step of the loop that nothing hides: a column from memory, then the activations that it points to."""
+
+
 def seconds(config: Config, shape: Shape, target: Target) -> float:
     """Estimated time: the slower of memory and of the busiest multiprocessor's arithmetic and on-chip traffic."""
     weights = 2 if shape.gated else 1
@@ -167,17 +183,15 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     groups = -(-shape.groups // config.splits)
     groups = -(-groups // config.block_g) * config.block_g
     terms = KEPT_COLUMNS * groups
-    clock = 1.7e9
-    # Narrow tiles leave the tensor cores waiting for their operands.
-    efficiency = min(1.0, config.block_t / 128) ** 0.25 * min(1.0, config.block_o / 64) ** 0.5
+    narrow_t, narrow_o = min(1.0, config.block_t / _WIDE_TOKENS), min(1.0, config.block_o / _WIDE_ROWS)
+    efficiency = narrow_t**_TOKENS_POWER * narrow_o**_ROWS_POWER
     rate = target.peak_flops(shape.dtype, tf32=True) / target.multiprocessors * efficiency
     multiply = weights * 2 * config.block_o * config.block_t * terms / rate
-    # Instructions a term, as counted in machine code, 128 lanes at a time: a warp group of Hopper multiplies out of the
-    # registers that it expands to; elsewhere, and in narrower tiles, what is expanded changes lanes first. Warps
-    # that share rows expand each for itself.
+    # Warps that share rows expand each for itself.
     direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
     repeated = max(1, 16 * config.warps // config.block_o)
-    expand = weights * (3 if direct else 5) * config.block_o * terms * repeated / (128 * clock)
+    instructions = weights * (_EXPAND_DIRECT if direct else _EXPAND) * config.block_o * terms * repeated
+    expand = instructions / (_LANES * target.clock)
     bytes_read = (
         weights
         * groups
@@ -186,10 +200,10 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
             + KEPT_COLUMNS * config.block_t * shape.dtype.itemsize
         )
     )
-    on_chip = bytes_read / (48 * clock)
+    on_chip = bytes_read / (_ON_CHIP_BYTES * target.clock)
     # Resident tiles hide each other's latencies; a lone one waits for its own.
     busy = max(multiply, expand, on_chip) * share + (multiply + expand + on_chip) / resident
     iterations = groups / config.block_g
-    latency = iterations * 1.2e-6 / (1 + (config.stages - 1) // 2) * -(-share // resident)
+    latency = iterations * _STEP_SECONDS / (1 + (config.stages - 1) // 2) * -(-share // resident)
     stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
     return max(busy, latency, stored / target.bandwidth)

@@ -30,10 +30,10 @@ from vnm_compile.codegen.inductor import (
     tunes_exhaustively,
 )
 from vnm_compile.codegen.measure import random_packed
-from vnm_compile.codegen.targets import Target, allows_tf32
 from vnm_compile.codegen.triton.configs import Config, Shape, configurations, largest_block
 from vnm_compile.codegen.triton.templates import gated_template, linear_template
 from vnm_compile.codegen.virtual_device import device_target
+from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.problem import Problem
 from vnm_compile.spec import Spec
 
