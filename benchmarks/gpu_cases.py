@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vnm_compile.report.cost import CostModel
+from vnm_compile.cost import CostModel
 from vnm_compile.spec import Spec
 
 TOKENS = (1, 16, 64, 2048, 8192)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vnm_compile as vnm
 from tests.support import make_sparse_
-from vnm_compile.inspection.report import KernelReport
+from vnm_compile.inspection.kernel_report import KernelReport
 
 SPARSE = {"vnm.policy": "memory"}
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vnm_compile.codegen.virtual_device import device_target, virtual_device
+from vnm_compile.cost import CostModel
 from vnm_compile.hardware import CARDS, CPU_CORE, TARGETS, machine_of, target_of
-from vnm_compile.report.cost import CostModel
 from vnm_compile.spec import Spec
 
 

@@ -11,10 +11,10 @@ from vnm_compile.annotate import annotate
 from vnm_compile.backend import refresh
 from vnm_compile.convert import compress_model, decompress_model
 from vnm_compile.errors import VNMError
+from vnm_compile.explanation import explain
 from vnm_compile.format import detect, matches
 from vnm_compile.inspection import inspect
 from vnm_compile.prune import sparsify
-from vnm_compile.report import explain
 from vnm_compile.selection import select_spec
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress

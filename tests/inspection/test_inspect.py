@@ -14,7 +14,7 @@ from torch import nn
 import vnm_compile as vnm
 from tests.support import make_sparse_
 from vnm_compile.hardware import TARGETS
-from vnm_compile.inspection.report import TOKENS
+from vnm_compile.inspection.kernel import TOKENS
 
 TENSOR_CORE = {
     "sm_80": "HMMA",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vnm_compile as vnm
-from vnm_compile.report.cost import CostModel
+from vnm_compile.cost import CostModel
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.spec import Spec
 

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vnm_compile.backend import Prepared, compile_prepared, prepare
+from vnm_compile.backend import Prepared, compile_prepared
 from vnm_compile.codegen.generate import WATCHED, Generated, GeneratedKernel, generate, watch_generated
 from vnm_compile.codegen.virtual_device import device_target, virtual_device
+from vnm_compile.explanation.describe import describe_graphs
 from vnm_compile.format import Packed, align_rows
 from vnm_compile.hardware import Target, find_target
+from vnm_compile.inspection.kernel import Kernel, LibraryCall
+from vnm_compile.inspection.kernel_report import KernelReport
 from vnm_compile.inspection.machine_code import compile_kernel
-from vnm_compile.inspection.report import Kernel, KernelReport, LibraryCall
 from vnm_compile.options import split_options
-from vnm_compile.report.explain import describe_graphs, layer_names, trace
+from vnm_compile.tracing import record_graphs
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +58,9 @@ def inspect(
     if goal is not None:
         ours = replace(ours, policy="memory")
     fixed = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    names = layer_names(model)
-    graphs: list[Prepared] = []
     generated: list[Generated] = []
 
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        prepared = prepare(gm, inputs, ours, names)
-        graphs.append(prepared)
+    def generate_code(gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared) -> None:
         # What Dynamo passes for a weight is the weight itself, or an alias of it.
         static = [i for i, value in enumerate(inputs) if id(value) in fixed or isinstance(value, nn.Parameter)]
         static += range(len(inputs), len(inputs) + len(prepared.arrays))
@@ -74,9 +72,8 @@ def inspect(
             with watch_generated(static) as written:
                 compile_prepared(gm, inputs, prepared, {**inductors, **WATCHED}, ours)
             generated.extend(written)
-        return gm.forward
 
-    trace(model, args, kwargs, backend, dynamic)
+    graphs = record_graphs(model, args, kwargs, ours, generate_code, dynamic)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if goal is None and device.type == "cuda":
         goal = device_target(device)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 
 from vnm_compile.filenames import file_name
-
-if TYPE_CHECKING:
-    from vnm_compile.hardware import Target
-    from vnm_compile.inspection.report import Kernel, KernelReport
+from vnm_compile.hardware import Target
+from vnm_compile.inspection.kernel import Kernel
 
 _SCRIPT = Path(__file__).with_name("reproduce.py.txt")
 
 
-def save(report: KernelReport, folder: Path) -> Path:
-    """Write the report and the graphs' wrappers, and a folder a kernel: source, machine code, figures, a script."""
+def save_kernels(
+    folder: Path, kernels: Iterable[Kernel], wrappers: Iterable[str], report: str, target: Target | None
+) -> Path:
+    """Write a report and the graphs' wrappers, and a folder a kernel: source, machine code, figures, a script.
+
+    Args:
+        folder: made where it is missing; returned.
+        wrappers: the code that calls the kernels, one a graph.
+        report: the text of `report.txt`.
+        target: what the kernels were compiled for; None for the machine's CPU.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.txt").write_text(f"{report}\n{report.explanation}\n")
-    for i, wrapper in enumerate(report.wrappers):
+    (folder / "report.txt").write_text(report)
+    for i, wrapper in enumerate(wrappers):
         (folder / f"graph_{i}.py").write_text(wrapper)
-    for kernel in report.kernels:
-        _save_kernel(kernel, folder / file_name(kernel.name), report.target)
+    for kernel in kernels:
+        _save_kernel(kernel, folder / file_name(kernel.name), target)
     return folder
 
 

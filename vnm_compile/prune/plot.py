@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vnm_compile.errors import VNMError
 from vnm_compile.names import printable
-
-if TYPE_CHECKING:
-    from vnm_compile.prune.report import LayerPruned
+from vnm_compile.prune.outcome import LayerPruned
 
 
 def plot_layers(layers: Sequence[LayerPruned], title: str, path: str | Path) -> None:

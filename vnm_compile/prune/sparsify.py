@@ -20,12 +20,13 @@ from vnm_compile.prune.batches import as_batches
 from vnm_compile.prune.calibrate import execution_order, output_error, plain_numerics, second_moments
 from vnm_compile.prune.fisher import Fisher, prune_by_fisher
 from vnm_compile.prune.held_out import held_out_errors
+from vnm_compile.prune.outcome import LayerPruned
 from vnm_compile.prune.permute import permuted
 from vnm_compile.prune.project import project
 from vnm_compile.prune.pruned import Pruned, running_pruned, slabs, uninterrupted, write_all
-from vnm_compile.prune.report import LayerPruned, SparsifyReport
 from vnm_compile.prune.resume import PrunedLayers
 from vnm_compile.prune.second_order import DAMPING, second_order
+from vnm_compile.prune.sparsify_report import SparsifyReport
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 

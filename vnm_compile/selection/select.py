@@ -13,11 +13,11 @@ from torch import nn
 
 from vnm_compile.annotate import Layer, Selector, select_layers
 from vnm_compile.checks import check_usable
+from vnm_compile.cost import CostModel
 from vnm_compile.errors import VNMError
 from vnm_compile.prune import sparsify
 from vnm_compile.prune.batches import as_batches
 from vnm_compile.prune.calibrate import calibrating
-from vnm_compile.report.cost import CostModel
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.selection.layer_errors import layer_errors
 from vnm_compile.selection.table import Candidate, Selection
@@ -58,7 +58,7 @@ def select_spec(
         candidates: patterns. Layers smaller than a block of one stay dense under it, and count with their dense time.
         include, exclude: which linears, as for `vnm.annotate`.
         tokens: rows of the activations that the time is for: 1 when generating, batch x length otherwise.
-        seconds: measured times; without them those of `vnm_compile.report.CostModel`, limits that kernels approach,
+        seconds: measured times; without them those of `vnm_compile.cost.CostModel`, limits that kernels approach,
             on the device that holds the model.
         calibration: batches of model inputs, as for `vnm.sparsify`, for the check and for the errors per layer.
         loss: `loss(model, batch)`, a number; without it the mean relative output error of the layers is compared.

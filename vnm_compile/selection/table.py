@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from vnm_compile.printing import Printed
 from vnm_compile.spec import Spec
 
 if TYPE_CHECKING:  # imported when something is printed
@@ -32,7 +33,7 @@ class Candidate:
     loss: float | None = None
 
 
-class Selection:
+class Selection(Printed):
     """What `vnm.select_spec` returns: `print` it, or pass its `choice` to `vnm.sparsify`.
 
     Attributes:
@@ -80,11 +81,3 @@ class Selection:
         if not isinstance(self.choice, Spec):
             counts = Counter("dense" if spec is None else str(spec) for spec in self.choice.values())
             yield "layers: " + ", ".join(f"{count} at {spec}" for spec, count in counts.most_common())
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=100)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()

@@ -1,12 +1,10 @@
-"""What `vnm.inspect` returns: a record a kernel, and how it is shown."""
+"""What is known of one kernel: its source, what the compiler makes of it, what it moves and computes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -15,13 +13,6 @@ from vnm_compile.codegen.generate import GeneratedKernel
 from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.inspection.assembly import Instructions, count_instructions
 from vnm_compile.inspection.machine_code import MachineCode
-from vnm_compile.names import by_name, printable
-from vnm_compile.report.explanation import Explanation
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
-    from rich.text import Text
 
 TOKENS = sympy.Symbol("T", positive=True)
 
@@ -135,87 +126,3 @@ class LibraryCall:
     name: str
     fused_ops: tuple[str, ...]
     flops: int
-
-
-class KernelReport:
-    """`print` it, or take `.kernels`, `.library_calls`, `.explanation`, `.wrappers`; `.save(folder)` writes files."""
-
-    def __init__(
-        self,
-        kernels: Iterable[Kernel],
-        library_calls: Iterable[LibraryCall],
-        wrappers: Iterable[str],
-        explanation: Explanation,
-        target: Target | None,
-    ) -> None:
-        self.kernels, self.library_calls = list(kernels), list(library_calls)
-        self.wrappers, self.explanation, self.target = list(wrappers), explanation, target
-
-    def __getitem__(self, name: str) -> Kernel:
-        """The kernel called `name`; an UnknownName (a VNMError and a KeyError) where there is none."""
-        return by_name(name, self.kernels)
-
-    @property
-    def sparse(self) -> list[Kernel]:
-        """The kernels that multiply by a V:N:M weight."""
-        return [kernel for kernel in self.kernels if (kernel.template or "").startswith(("vnm_", "sparse_"))]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write every kernel's source, machine code, figures and a script that runs it alone; return the folder."""
-        from vnm_compile.inspection.save import save
-
-        return save(self, Path(folder))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.text import Text
-
-        yield self._table()
-        if self.library_calls:
-            calls = ", ".join(f"{call.name} ({_short(call.fused_ops[-1:])})" for call in self.library_calls)
-            yield Text(f"not generated: {calls}")
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=max(160, Console().width))
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-    def _table(self) -> Table:
-        from rich.table import Table
-
-        where = f"{self.target.name} ({self.target.card})" if self.target else "this machine's CPU"
-        table = Table(title=f"kernels for {where}", title_justify="left", expand=False)
-        table.add_column("kernel", overflow="fold", max_width=40)
-        table.add_column("computes", overflow="fold", max_width=32)
-        for column in ("runs", "registers", "spills", "shared", "tensor core", "loads by bytes", "MB", "floor us"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for kernel in self.kernels:
-            table.add_row(*_row(kernel))
-        return table
-
-
-def _row(kernel: Kernel) -> list[str | Text]:
-    from rich.text import Text
-
-    tokens = kernel.schedule.tokens or 1
-    moved = float(sympy.sympify(kernel.bytes_moved).subs(TOKENS, tokens)) / 1e6
-    floor = kernel.roofline_seconds
-    machine = ["", "", "", "", ""]
-    if kernel.code and kernel.instructions:
-        loads = " ".join(f"{width}:{times}" for width, times in kernel.instructions.loads.items())
-        machine = [
-            str(kernel.registers),
-            str(kernel.spills),
-            str(kernel.shared_bytes),
-            str(kernel.instructions.tensor_core or ""),
-            loads,
-        ]
-    time = f"{floor * 1e6:.2f}" if floor is not None else ""
-    ops = Text(printable(_short(kernel.fused_ops)))
-    return [Text(printable(kernel.name)), ops, str(kernel.launches), *machine, f"{moved:.2f}", time]
-
-
-def _short(ops: Iterable[str]) -> str:
-    return " ".join(dict.fromkeys(op.removeprefix("aten.") for op in ops))

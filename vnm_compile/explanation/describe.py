@@ -1,82 +1,30 @@
-"""`vnm.explain`: run the passes as the backend would, and say layer by layer what came of it."""
+"""What became of each layer, as records: from graphs that have been through the passes, or from weights alone."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from vnm_compile._torch import static_sizes, tree_leaves, unwrapped_errors
 from vnm_compile.annotate import Layer, annotation_of, linear_layers
-from vnm_compile.backend import Prepared, prepare
+from vnm_compile.backend import Prepared
 from vnm_compile.checks import why_unusable
-from vnm_compile.errors import VNMError
+from vnm_compile.cost import CostModel
+from vnm_compile.explanation.explanation import Explanation
+from vnm_compile.explanation.layer import LayerReport
 from vnm_compile.format import matches, pack
 from vnm_compile.inventory import dense_weights
-from vnm_compile.options import split_options
 from vnm_compile.passes import Decision
-from vnm_compile.report.cost import CostModel
-from vnm_compile.report.explanation import Explanation, LayerReport
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
+from vnm_compile.tracing import plain_name
 from vnm_compile.weights import detected_spec
 
-log = logging.getLogger(__name__)
-
 COMPRESSED = "stored compressed"
-
-
-def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
-    """Return, for every linear of `model`, whether `backend="vnm"` runs it sparse, why, and what that is worth.
-
-    With inputs the model is traced and called once (in eager mode, gradients off), and the decisions are those that
-    compiling it with the same inputs would take, measurements included. Where a layer is in no graph, the model is
-    called once more, to tell whether it runs outside of the graphs or not at all. Without inputs the weights alone are
-    looked at.
-
-    What else multiplies by weights (experts, convolutions) is listed as dense and counted, too.
-
-    Args:
-        model: the model; a compiled one, or one with compiled parts, is explained by what it was compiled from. Names
-            are those of the model before it was compiled.
-        args, kwargs: its inputs.
-        options: as for `torch.compile`.
-
-    Raises:
-        VNMError: an annotated weight breaks its pattern, or an unknown `vnm.` option.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if options is not None and not isinstance(options, Mapping):
-        raise VNMError(f"options is a {type(options).__name__}; give a dict, as to torch.compile.")
-    ours, _ = split_options(options)
-    graphs: list[Prepared] = []
-    in_graphs: set[int] = set()
-    names = layer_names(model)
-
-    def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        graphs.append(prepare(gm, inputs, ours, names))
-        in_graphs.update(map(id, inputs))
-        return gm.forward
-
-    if not args and not kwargs:
-        return describe_graphs(model, graphs)
-    trace(model, args, kwargs, record)
-    missing = [p for p in _multiplying(model) if id(p) not in in_graphs]
-    run = in_graphs | (used_parameters(model, args, kwargs) if missing else set())
-    return describe_graphs(model, graphs, in_graphs, run)
-
-
-def layer_names(model: nn.Module) -> dict[int, str]:
-    """Names of what multiplies by weights, by the id of the weight; a graph after a graph break knows only a part."""
-    others = {id(each.parameter): each.name for each in dense_weights(model)}
-    return {**others, **{id(layer.stored): _plain(layer.name) for layer in linear_layers(model)}}
 
 
 def describe_graphs(
@@ -96,7 +44,7 @@ def describe_graphs(
             if report.name not in reports or report.decision == "sparse":
                 reports[report.name] = report
     for layer in linear_layers(model):
-        if _plain(layer.name) not in reports:
+        if plain_name(layer.name) not in reports:
             report = _by_weight(layer, device)
             if graphs or run is not None:
                 report = _outside(report, id(layer.stored), in_graphs, run)
@@ -134,72 +82,18 @@ def _outside(report: LayerReport, weight: int, in_graphs: Container[int], run: C
     return replace(report, decision="dense", reason=reason, stored_bytes=stored)
 
 
-def _multiplying(model: nn.Module) -> list[Any]:
-    linears = [layer.stored for layer in linear_layers(model)]
-    return [*linears, *(each.parameter for each in dense_weights(model))]
-
-
-def _plain(name: str) -> str:
-    """A name without the wrappers that torch.compile puts around modules."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def trace(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    backend: Callable[[fx.GraphModule, Sequence[Any]], Any],
-    dynamic: bool | None = None,
-) -> None:
-    """Call the model under Dynamo, gradients off; `backend` gets its graphs and returns what runs them."""
-    # Dynamo caches by code object: with one of our own, neither does an earlier compilation answer for this one, nor
-    # does this one count against the recompile limit of the model.
-    call = FunctionType(_call.__code__.replace(), globals())
-    # What was traced before with other sizes, here or elsewhere, must not make these dynamic: the answer would depend
-    # on what was asked before.
-    with unwrapped_errors(VNMError), torch.no_grad(), static_sizes():
-        torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
-
-
-def used_parameters(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
-    """Ids of the parameters that functions get in one eager call of the model, gradients off.
-
-    All where the call fails: a cache among the inputs may have been used up by the call before.
-    """
-    watched = {id(parameter) for parameter in model.parameters()}
-    used: set[int] = set()
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "") != "__get__":  # .dtype, .shape: nothing is computed
-                used.update(watched & {id(leaf) for leaf in tree_leaves((args, kwargs))})
-            return func(*args, **(kwargs or {}))
-
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), Watch():
-            model(*args, **kwargs)
-    except Exception as error:
-        log.debug("the model cannot be called a second time: %s", error)
-        return watched
-    return used
-
-
-def _call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return model(*args, **kwargs)
-
-
 def _graph_reports(graph: Prepared, device: str) -> list[LayerReport]:
     companions: dict[int, tuple[str, ...]] = {}
     for unit in graph.units:
         for member in unit.members:
-            companions[id(member)] = tuple(_plain(other.name) for other in unit.members if other is not member)
+            companions[id(member)] = tuple(plain_name(other.name) for other in unit.members if other is not member)
     return [_decided(decision, companions.get(id(decision), ()), device) for decision in graph.decisions]
 
 
 def _decided(decision: Decision, joined: tuple[str, ...], device: str) -> LayerReport:
     facts = _weight_facts(decision.shape, decision.dtype, decision.spec, decision.tokens, device)
     return LayerReport(
-        name=_plain(decision.name),
+        name=plain_name(decision.name),
         decision="sparse" if decision.sparse else "dense",
         reason=decision.reason,
         joined=joined,
@@ -236,7 +130,7 @@ def _by_weight(layer: Layer, device: str) -> LayerReport:
     if spec is not None:
         reason = f"{reason}; with inputs, vnm.explain says what is decided for them"
     facts = _weight_facts(*_size(layer), spec, None, device)
-    return LayerReport(name=_plain(layer.name), decision=decision, reason=reason, **facts)
+    return LayerReport(name=plain_name(layer.name), decision=decision, reason=reason, **facts)
 
 
 def _size(layer: Layer) -> tuple[tuple[int, int] | None, torch.dtype | None]:
