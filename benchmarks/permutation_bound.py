@@ -119,11 +119,9 @@ def main() -> None:
     first = None
     for name, choose in MASKS.items():
         masks = [choose(weight) for weight in dense]
-        with torch.no_grad():
-            for layer, weight, mask in zip(layers, dense, masks, strict=True):
-                layer.weight.copy_(weight * mask)
+        masked = [prune.Whole(layer, w * m) for layer, w, m in zip(layers, dense, masks, strict=True)]
         kept = mean(((w.abs() * m).sum() / w.abs().sum()).item() for w, m in zip(dense, masks, strict=True))
-        error = mean(held_out_errors(model, layers, dense, data.held_out))
+        error = mean(held_out_errors(model, masked, data.held_out))
         first = first or error
         table.add_row(name, f"{kept:.3f}", f"{error:.3f}", f"{error / first:.3f}")
     Console().print(table)

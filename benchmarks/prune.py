@@ -37,6 +37,7 @@ from vnm_compile.prune.held_out import held_out_errors
 
 RESULTS = Path(__file__).parent / "results"
 PASSAGE = 128
+LAYER_BY_LAYER = vnm.prune.SecondOrder(sequential=False)
 CALIBRATION, HELD_OUT, BATCH = 256, 64, 16  # passages
 
 
@@ -55,6 +56,18 @@ class Data:
         row = {"spec": spec, "method": method, "output_error": mean(errors), "similarity": similarity}
         print(row, flush=True)
         return {**row, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A layer of a dense model, and the weight `[O, K]` that it would get: what `held_out_errors` compares."""
+
+    layer: Layer
+    weight: Tensor
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """All rows."""
+        yield slice(None), self.weight
 
 
 def main() -> None:
@@ -91,8 +104,10 @@ def encoder_layers(model: nn.Module) -> list[Layer]:
     return [layer for layer, _ in select_layers(model, "1:2:4", include="encoder")]
 
 
-def prune(data: Data, spec: str, method: str, permute: bool = False, sequential: bool = True) -> dict[str, Any]:
-    """Prune a copy of the model and judge it."""
+def prune(
+    data: Data, spec: str, method: str, permute: bool = False, options: vnm.prune.Method | None = None
+) -> dict[str, Any]:
+    """Prune a copy of the model, by other `options` than the method's own where they are given, and judge it."""
     model = copy.deepcopy(data.dense)
     calibration = data.calibration
     if method == "fisher":  # a gradient a passage
@@ -101,15 +116,14 @@ def prune(data: Data, spec: str, method: str, permute: bool = False, sequential:
     report = vnm.sparsify(
         model,
         spec,
-        method,
+        options or method,
         include="encoder",
         calibration=calibration,
         held_out=data.held_out,
         permute=permute,
-        sequential=sequential,
     )
     seconds = time.perf_counter() - start
-    name = method + " + permutation" * permute + ", layer by layer" * (not sequential)
+    name = method + " + permutation" * permute + ", layer by layer" * (options == LAYER_BY_LAYER)
     errors = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
     return data.judge(model, spec, name, errors, seconds)
 
@@ -121,19 +135,20 @@ def compare(data: Data, specs: list[str], methods: list[str], permute: list[bool
             yield prune(data, spec, method, permute=permuted)
         if "second_order" in methods:
             for permuted in permute:
-                yield prune(data, spec, "second_order", permute=permuted, sequential=False)
+                yield prune(data, spec, "second_order", permute=permuted, options=LAYER_BY_LAYER)
 
 
 def compare_with_sparsegpt(data: Data) -> Iterator[dict[str, Any]]:
     """Second order and SparseGPT at V = 1, M = 4, where they solve the same problem."""
     model = copy.deepcopy(data.dense)
     layers = encoder_layers(model)
-    before = [layer.weight.detach().clone() for layer in layers]
     blocks = [list(each) for _, each in groupby(layers, key=lambda layer: layer.name.split(".")[2])]
     start = time.perf_counter()
     sparsegpt.prune(model, blocks, data.calibration)
     seconds = time.perf_counter() - start
-    errors = held_out_errors(model, layers, before, data.held_out)
+    dense = copy.deepcopy(data.dense)
+    changed = [Whole(*each) for each in zip(encoder_layers(dense), (p.weight.detach() for p in layers), strict=True)]
+    errors = held_out_errors(dense, changed, data.held_out)
     yield data.judge(model, "1:2:4", "SparseGPT", errors, seconds)
     yield prune(data, "1:2:4", "second_order")
 

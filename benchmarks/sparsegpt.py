@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
-from vnm_compile.prune.calibrate import second_moments
+from vnm_compile.prune.calibration import second_moments
 
 BLOCK, GROUP, KEPT, DAMPING = 128, 4, 2, 0.01
 

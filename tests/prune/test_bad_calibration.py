@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vnm_compile as vnm
 from vnm_compile.annotate import annotation_of
 from vnm_compile.prune import Fisher
-from vnm_compile.prune.padding import real_positions
+from vnm_compile.prune.calibration.padding import real_positions
 
 CALIBRATED = ["wanda", "second_order", pytest.param(Fisher(num_grads=16), id="fisher")]
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import vnm_compile as vnm
-from vnm_compile.prune.calibrate import run_model
+from vnm_compile.prune.calibration import run_model
 from vnm_compile.prune.permutation import find_channel_orders
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

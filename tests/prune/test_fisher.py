@@ -12,9 +12,9 @@ from torch import nn
 import vnm_compile as vnm
 from vnm_compile.annotate import Layer, annotation_of
 from vnm_compile.prune import Fisher
-from vnm_compile.prune.empirical_fisher import Part, fisher_blocks, parts_in_memory
-from vnm_compile.prune.fisher import relaxed
-from vnm_compile.prune.saliency import prune_rows
+from vnm_compile.prune.methods.fisher import relaxed
+from vnm_compile.prune.methods.fisher_matrix import Part, fisher_blocks, parts_in_memory
+from vnm_compile.prune.methods.fisher_solver import prune_rows
 from vnm_compile.spec import Spec
 
 

@@ -197,12 +197,12 @@ def test_the_permuted_dense_model_computes_the_same():
     from rich.progress import Progress
 
     from vnm_compile.annotate import select_layers
-    from vnm_compile.prune.permute import permuted
+    from vnm_compile.prune.permutation.permute import permuted
 
     model, x = Gelu().double(), data()[0].double()
     expected = model(x)
     up = model.up.weight.detach().clone()
-    with permuted(model, select_layers(model, PATTERN), [x], "wanda", Progress(disable=True)):
+    with permuted(model, select_layers(model, PATTERN), [x], True, Progress(disable=True)):
         assert not torch.equal(up, model.up.weight)
         torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
@@ -236,7 +236,7 @@ def test_a_failure_in_the_middle_of_the_search_leaves_the_model_alone(monkeypatc
             raise KeyboardInterrupt
         return search(*arguments, **options)
 
-    monkeypatch.setattr("vnm_compile.prune.permute.search", failing)
+    monkeypatch.setattr("vnm_compile.prune.permutation.permute.search", failing)
     with pytest.raises(KeyboardInterrupt):
         vnm.sparsify(model, PATTERN, calibration=data(), permute=True, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -89,7 +89,8 @@ def test_layers_of_another_run_are_refused(tmp_path):
     for change, named in [
         ({"method": "second_order"}, "method"),
         ({"calibration": batches(1)}, "calibration"),
-        ({"damping": 0.1}, "damping"),
+        ({"method": vnm.prune.Wanda(norm="l2")}, "norm"),
+        ({"method": vnm.prune.Wanda(sequential=False)}, "sequential"),
         ({"spec": "16:2:5"}, "layers, spec"),
     ]:
         with pytest.raises(vnm.VNMError, match=f"of a run with another {named};"):
@@ -151,9 +152,8 @@ def test_not_sequential_layers_see_the_dense_models_inputs():
 
     def prune(include, sequential):
         model = copy.deepcopy(dense)
-        vnm.sparsify(
-            model, "16:2:8", "second_order", include, calibration=batches, sequential=sequential, progress=False
-        )
+        method = vnm.prune.SecondOrder(sequential=sequential)
+        vnm.sparsify(model, "16:2:8", method, include, calibration=batches, progress=False)
         return model
 
     together = prune(["0", "1", "2"], False)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError
-from vnm_compile.prune.calibrate import unreached, watch_inputs
-from vnm_compile.prune.pruned import Pruned
+from vnm_compile.prune.calibration import unreached, watch_inputs
 
 
-def held_out_errors(model: nn.Module, pruned: Sequence[Pruned], batches: Sequence[Any]) -> list[float]:
+class Changed(Protocol):
+    """A layer, and the weights `[rows, K]` that rows of it will have; `prune.pruned.Pruned` is one."""
+
+    layer: Layer
+
+    def parts(self) -> Iterable[tuple[slice, Tensor]]:
+        """Rows, and the weights in them."""
+        ...
+
+
+def held_out_errors(model: nn.Module, pruned: Sequence[Changed], batches: Sequence[Any]) -> list[float]:
     """Return `||X W' - X W|| / ||X W||` of each layer, X being its inputs in the dense model.
 
     Args:

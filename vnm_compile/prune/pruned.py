@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
 from vnm_compile.format import Packed, pack, unpack
+from vnm_compile.prune.calibration.hooks import hooked
 from vnm_compile.spec import Spec
 
 _SLAB_ELEMENTS = 1 << 20  # weights that are worked on at a time
@@ -94,30 +95,23 @@ def write_all(pruned: Iterable[Pruned]) -> None:
 @contextmanager
 def running_pruned(pruned: Sequence[Pruned]) -> Iterator[None]:
     """While it lasts, these layers compute with their pruned weights; the weights exist only while a layer runs."""
-    dense = {each.layer.module: each.layer.module._parameters["weight"] for each in pruned}
-    hooks: list[Any] = []
+    modules = [each.layer.module for each in pruned]
+    dense = [module._parameters["weight"] for module in modules]
 
-    def put(each: Pruned) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            weight = each.weight()
-            weight = weight.t().contiguous() if each.layer.transposed else weight
-            module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    def put(i: int, args: Any, kwargs: Any) -> None:
+        weight = pruned[i].weight()
+        weight = weight.t().contiguous() if pruned[i].layer.transposed else weight
+        modules[i]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
-        return hook
-
-    def take(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters["weight"] = dense[module]
+    def take(i: int) -> None:
+        modules[i]._parameters["weight"] = dense[i]
 
     try:
-        for each in pruned:
-            hooks.append(each.layer.module.register_forward_pre_hook(put(each)))
-            hooks.append(each.layer.module.register_forward_hook(take, always_call=True))
-        yield
+        with hooked(modules, put, take):
+            yield
     finally:
-        for handle in hooks:
-            handle.remove()
-        for module, weight in dense.items():
-            module._parameters["weight"] = weight
+        for i in range(len(modules)):
+            take(i)
 
 
 @contextmanager

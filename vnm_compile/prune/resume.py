@@ -53,6 +53,8 @@ class PrunedLayers:
             raise at_layer(layer.name, f"{path} cannot be read ({error}); delete it.") from error
         wanted = self._description(layer, spec)
         differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if "method" in differing:
+            differing = ["method"]  # which has other options
         if differing:
             raise at_layer(
                 layer.name,

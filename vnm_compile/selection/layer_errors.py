@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
 from vnm_compile.prune import project
-from vnm_compile.prune.calibrate import output_error, second_moments
+from vnm_compile.prune.calibration import output_error, second_moments
 from vnm_compile.spec import Spec
 
 

@@ -15,9 +15,9 @@ from vnm_compile.annotate import Layer, Selector, select_layers
 from vnm_compile.checks import check_usable
 from vnm_compile.cost import CostModel
 from vnm_compile.errors import VNMError
-from vnm_compile.prune import sparsify
-from vnm_compile.prune.batches import as_batches
-from vnm_compile.prune.calibrate import calibrating
+from vnm_compile.prune import Method, sparsify
+from vnm_compile.prune.calibration import calibrating
+from vnm_compile.prune.calibration.batches import as_batches
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.selection.layer_errors import layer_errors
 from vnm_compile.selection.table import Candidate, Selection
@@ -40,7 +40,7 @@ def select_spec(
     seconds: Seconds | None = None,
     calibration: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], float] | None = None,
-    method: str = "magnitude",
+    method: str | Method = "magnitude",
     check: int = 3,
     per_layer: bool = False,
     progress: bool = True,
@@ -154,7 +154,7 @@ def _try_out(
     names: list[str],
     batches: Sequence[Any],
     loss: Callable[[nn.Module, Any], float] | None,
-    method: str,
+    method: str | Method,
     progress: bool,
 ) -> float:
     """Prune a copy of the model, and measure it."""

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError
-from vnm_compile.prune.calibrate import calibrating, plain_numerics
-from vnm_compile.prune.empirical_fisher import Loss, fisher_blocks, parts_in_memory
+from vnm_compile.prune.calibration import calibrating, plain_numerics
+from vnm_compile.prune.masks import hold_masks
+from vnm_compile.prune.methods.fisher_matrix import Loss, fisher_blocks, parts_in_memory
+from vnm_compile.prune.methods.fisher_solver import prune_rows
+from vnm_compile.prune.methods.method import Job, Method
 from vnm_compile.prune.pruned import Pruned
-from vnm_compile.prune.saliency import prune_rows
 from vnm_compile.spec import KEPT_COLUMNS, Spec
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Method):
     """Prune what changes a loss least, as `vnm.sparsify(model, spec, method=Fisher(...))`.
 
     Every step estimates the loss's curvature anew by the empirical Fisher matrix, in blocks of `block_size` weights of
@@ -60,6 +58,9 @@ class Fisher:
     retrain: Callable[[nn.Module, int], Any] | None = None
     memory: int = 4 << 30
 
+    name: ClassVar[str] = "fisher"
+    summary: ClassVar[str] = "change the loss least, in steps with retraining; needs calibration data"
+
     def __post_init__(self) -> None:
         for name in ("num_grads", "block_size", "steps", "memory", "damping"):
             if not getattr(self, name) > 0:
@@ -69,6 +70,30 @@ class Fisher:
     def in_one_step(self) -> bool:
         """Whether the model can keep its weights until all is done."""
         return self.steps == 1 and self.retrain is None
+
+    def prune(self, job: Job) -> list[Pruned]:
+        """Prune all layers together, step by step."""
+        if self.in_one_step:
+            return [
+                Pruned.of(layer, spec, weight, layer.weight.detach()) for layer, spec, weight in _step(job, self, 1)
+            ]
+        dense = [layer.weight.detach().clone() for layer, _ in job.selected]
+        state = {} if self.retrain is None else {k: v.clone() for k, v in job.model.state_dict().items()}
+        job.undo.callback(_restore, job, dense, state)
+        for step in range(1, self.steps + 1):
+            self._prune_in_model(job, step)
+        return _taken_out(job, dense)
+
+    def _prune_in_model(self, job: Job, step: int) -> None:
+        # All layers of a step see the same curvature: the model keeps its weights until the last is done.
+        found = list(_step(job, self, step))
+        with torch.no_grad():
+            for layer, _, weight in found:
+                layer.weight.copy_(weight)
+        del found
+        if self.retrain is not None:
+            with hold_masks([layer for layer, _ in job.selected]):
+                self.retrain(job.model, step)
 
 
 def relaxed(spec: Spec, step: int, steps: int) -> tuple[int, int]:
@@ -86,43 +111,34 @@ def relaxed(spec: Spec, step: int, steps: int) -> tuple[int, int]:
     return min(spec.m, kept * KEPT_COLUMNS // spec.n), kept
 
 
-def prune_by_fisher(
-    model: nn.Module, selected: Sequence[tuple[Layer, Spec]], batches: Sequence[Any], options: Fisher, bar: Progress
-) -> list[Pruned] | None:
-    """Prune the selected layers: in one step the results are returned; else they are in the model, and None is."""
-    if options.in_one_step:
-        return [
-            Pruned.of(layer, spec, weight, layer.weight.detach())
-            for layer, spec, weight in _step(model, selected, batches, options, 1, bar)
-        ]
-    for step in range(1, options.steps + 1):
-        # All layers of a step see the same curvature: the model keeps its weights until the last is done.
-        found = list(_step(model, selected, batches, options, step, bar))
-        with torch.no_grad():
-            for layer, _, weight in found:
-                layer.weight.copy_(weight)
-        del found
-        if options.retrain is not None:
-            with hold_masks([layer for layer, _ in selected]):
-                options.retrain(model, step)
-    return None
+def _restore(job: Job, dense: Sequence[Tensor], state: Mapping[str, Tensor]) -> None:
+    """Undo what steps and retraining did."""
+    with torch.no_grad():
+        if state:
+            job.model.load_state_dict(state)
+        for (layer, _), weight in zip(job.selected, dense, strict=True):
+            layer.weight.copy_(weight)
 
 
-def _step(
-    model: nn.Module,
-    selected: Sequence[tuple[Layer, Spec]],
-    batches: Sequence[Any],
-    options: Fisher,
-    step: int,
-    bar: Progress,
-) -> Iterator[tuple[Layer, Spec, Tensor]]:
+def _taken_out(job: Job, dense: Sequence[Tensor]) -> list[Pruned]:
+    """The pruned weights that the layers hold, which get their dense ones back."""
+    pruned = []
+    with torch.no_grad():
+        for (layer, spec), before in zip(job.selected, dense, strict=True):
+            pruned.append(Pruned.of(layer, spec, layer.weight.detach(), before))
+            layer.weight.copy_(before)
+    return pruned
+
+
+def _step(job: Job, options: Fisher, step: int) -> Iterator[tuple[Layer, Spec, Tensor]]:
     """The weights after one step, layer by layer; the model keeps its own."""
+    selected, bar = job.selected, job.bar
     task = bar.add_task(f"step {step} of {options.steps}: gradients and pruning", total=len(selected))
     total, done = sum(layer.weight.numel() for layer, _ in selected), 0
     pruned = None
     for parts in parts_in_memory(selected, options.block_size, options.memory):
-        with calibrating(model):
-            blocks = fisher_blocks(model, parts, batches, options.loss, options.num_grads)
+        with calibrating(job.model):
+            blocks = fisher_blocks(job.model, parts, job.batches, options.loss, options.num_grads)
         for part in parts:
             weight = part.layer.weight.detach()
             pruned = torch.empty_like(weight) if pruned is None else pruned
@@ -147,24 +163,3 @@ def _damp(fisher: Tensor, v: int, damping: float) -> None:
         mean = rows.mean()
         # Without any gradient all weights are alike, and the choice is by magnitude.
         rows.add_(torch.where(mean > 0, damping * mean, 1.0))
-
-
-@contextmanager
-def hold_masks(layers: Sequence[Layer]) -> Iterator[None]:
-    """Keep the zeros of these layers' weights zero while a model is trained."""
-    weights: list[Tensor] = [layer.module.weight for layer in layers]  # type: ignore[misc]
-    masks = [weight.detach() != 0 for weight in weights]
-    hooks = [
-        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
-        for weight, mask in zip(weights, masks, strict=True)
-        if weight.requires_grad
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    with torch.no_grad():
-        for layer, mask in zip(layers, masks, strict=True):
-            weight: Tensor = layer.module.weight  # type: ignore[assignment]
-            weight.mul_(mask)

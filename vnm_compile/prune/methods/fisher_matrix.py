@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
-from vnm_compile.prune.calibrate import run_model
-from vnm_compile.prune.padding import Padding
+from vnm_compile.prune.calibration import run_model
+from vnm_compile.prune.calibration.padding import Padding
 from vnm_compile.spec import Spec
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -14,10 +14,18 @@ place. The penalty rises more slowly than there, which finds better masks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from vnm_compile.annotate import Layer
+from vnm_compile.errors import VNMError
+from vnm_compile.prune.calibration import output_error
+from vnm_compile.prune.methods.layer_by_layer import LayerMethod
 from vnm_compile.prune.project import project
+from vnm_compile.prune.pruned import Pruned
 from vnm_compile.spec import Spec
 
 DAMPING = 0.01
@@ -27,6 +35,41 @@ _CHECK_EVERY = 3  # steps between two looks at how far the support has moved
 _MOST_STEPS = 500
 # Factors of the penalty where more than a share of the support has moved since the last look; it ends when none has.
 _PENALTY_GROWTH = ((0.1, 1.08), (0.005, 1.05), (0.0, 1.03))
+
+
+@dataclass(frozen=True)
+class SecondOrder(LayerMethod):
+    """Change the layers' outputs least, and let the weights that stay make up for those that go (see above).
+
+    Attributes:
+        damping: of the second moments, as a share of their mean diagonal.
+        sequential: prune a block on the inputs that the blocks pruned before it produce, which keeps the whole model
+            closer to the dense one; False: on those of the dense model, which keeps each layer closer to itself.
+    """
+
+    damping: float = DAMPING
+    sequential: bool = True
+
+    name: ClassVar[str] = "second_order"
+    summary: ClassVar[str] = "change the layers' outputs least, and make up for what is dropped; needs calibration data"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.damping, int | float) or not 0 <= self.damping < float("inf"):
+            raise VNMError(
+                f"SecondOrder(damping={self.damping!r}): it is a share of the mean diagonal, such as {DAMPING}."
+            )
+
+    @property
+    def on_pruned_inputs(self) -> bool:
+        """As `sequential` says."""
+        return self.sequential
+
+    def prune_layer(self, layer: Layer, spec: Spec, moment: Tensor | None) -> Pruned:
+        """Prune one layer by its weight and the second moment."""
+        assert moment is not None, "it needs calibration data"
+        weight = layer.weight.detach()
+        new = second_order(weight, moment, spec, self.damping)
+        return Pruned.of(layer, spec, new, weight, output_error(weight, new, moment))
 
 
 def second_order(

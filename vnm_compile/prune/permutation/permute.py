@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile.annotate import Layer
-from vnm_compile.prune.calibrate import as_evaluated, input_energy, plain_numerics
-from vnm_compile.prune.permutation import ChannelOrder, ChannelOrders, Use, find_channel_orders, search
-from vnm_compile.prune.permutation.search import HEAT, retained
+from vnm_compile.prune.calibration import as_evaluated, input_energy, plain_numerics
+from vnm_compile.prune.permutation.absorb import ChannelOrder, ChannelOrders, find_channel_orders
+from vnm_compile.prune.permutation.search import HEAT, Use, retained, search
 from vnm_compile.spec import Spec
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class _Scored:
 
 @contextmanager
 def permuted(
-    model: nn.Module, selected: Sequence[tuple[Layer, Spec]], batches: Sequence[Any], method: str, bar: Progress
+    model: nn.Module, selected: Sequence[tuple[Layer, Spec]], batches: Sequence[Any], weigh_inputs: bool, bar: Progress
 ) -> Iterator[dict[str, tuple[float, float]]]:
     """Reorder the free channels of `model` in place, for the sake of its selected layers; undone on an error.
 
@@ -57,7 +57,7 @@ def permuted(
         model: every parameter along a free order may be moved, its embeddings and biases too.
         selected: the layers that will be pruned; only these count.
         batches: calibration data; the first batch is what the model is exported with.
-        method: all but "magnitude" take the inputs into account.
+        weigh_inputs: whether importance takes the inputs into account, as the method that prunes does.
 
     Yields:
         By layer, the share of its importance that the best mask keeps, before and after.
@@ -70,7 +70,7 @@ def permuted(
     moving = {name for order in orders.free for name, *_ in order.places}
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name in moving}
     try:
-        scored = _scored(model, selected, batches, method)
+        scored = _scored(model, selected, batches, weigh_inputs)
         with plain_numerics():
             shares = _permute(model, orders, scored, bar)
         yield shares
@@ -82,12 +82,12 @@ def permuted(
 
 
 def _scored(
-    model: nn.Module, selected: Sequence[tuple[Layer, Spec]], batches: Sequence[Any], method: str
+    model: nn.Module, selected: Sequence[tuple[Layer, Spec]], batches: Sequence[Any], weigh_inputs: bool
 ) -> dict[str, _Scored]:
     """The selected layers by the names of their weights."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     layers = [layer for layer, _ in selected]
-    energies = [None] * len(layers) if method == "magnitude" else input_energy(model, layers, batches)
+    energies = input_energy(model, layers, batches) if weigh_inputs else [None] * len(layers)
     found = {}
     for (layer, spec), energy in zip(selected, energies, strict=True):
         found[names.get(id(layer.module.weight), layer.name)] = _Scored(layer, spec, energy)
