@@ -12,6 +12,7 @@ from rich.markup import escape
 import vnm_compile as vnm
 from vnm_compile.cli.directory import check_directory, load_model
 from vnm_compile.cli.inputs import load_batches
+from vnm_compile.cli.method import method_with_options
 from vnm_compile.cli.output import check_output, write_model
 from vnm_compile.spec import Spec
 
@@ -25,6 +26,9 @@ def prune(
     spec: Annotated[str, typer.Option(help='Pattern, such as "64:2:8".')],
     out: Annotated[Path, typer.Option(help="Directory to write to.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(vnm.prune.METHODS)}.")] = "magnitude",
+    option: Annotated[
+        list[str] | None, typer.Option(help='Of the method, such as "damping=0.02", repeatable.', metavar="NAME=VALUE")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text, or a .safetensors file of model inputs; most methods need it.")
     ] = None,
@@ -43,7 +47,7 @@ def prune(
     The output is a directory as transformers reads it: the pruned weights as dense tensors with zeros, and everything
     else that the model's directory holds. What was pruned stands in its pruning.json.
     """
-    pattern = Spec.parse(spec)
+    pattern, chosen = Spec.parse(spec), method_with_options(method, option or ())
     check_output(out, model_dir, force)
     check_directory(model_dir)
     console = Console()
@@ -51,7 +55,7 @@ def prune(
         model = load_model(model_dir)
         batches = load_batches(calibration, model_dir, model, samples, length, batch_size) if calibration else None
     report = vnm.sparsify(
-        model, pattern, method, include=include, exclude=exclude, calibration=batches, permute=permute
+        model, pattern, chosen, include=include, exclude=exclude, calibration=batches, permute=permute
     )
     with console.status(escape(f"writing {out}")):
         write_model(model, model_dir, out, {REPORT: report.to_dict()})
