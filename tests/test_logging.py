@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from vnm_compile.passes import PASSES
+
 CODE = """
 import torch
 from tests.support import make_sparse_
@@ -28,6 +30,9 @@ def test_torch_logs_show_decisions_and_units():
     assert "16:2:8 (" in log
     assert "dense (" in log
     assert "single: " in log
+    shown = [log.index(f"after {each.name}:") for each in PASSES]
+    assert shown == sorted(shown)
+    assert log.index("vnm_0_values") > shown[-1]
     assert "16:2:8 (" not in run()
 
 

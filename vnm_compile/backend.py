@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,6 @@ from vnm_compile._torch import (
     in_forward_mode,
     trace_artifact,
 )
-from vnm_compile.annotate import annotations_by_weight
 from vnm_compile.codegen.inductor import check_options, compile_graph, mode_options
 from vnm_compile.codegen.measure import measure
 from vnm_compile.contents import contents, known_storages
@@ -34,18 +33,19 @@ from vnm_compile.errors import VNMError, for_dynamo
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
 from vnm_compile.passes import (
+    FIND,
+    PASSES,
+    PLAN,
+    WRITE,
     Decision,
+    Progress,
     Rewritten,
-    Site,
     Unit,
-    find_linears,
-    flatten,
-    merge,
     own_copy,
-    plan,
     read_only_results,
     refuse_lost_writes,
     rewrite,
+    run_passes,
 )
 
 log = logging.getLogger(__name__)
@@ -109,9 +109,7 @@ def prepare(
 
     `names` are those of layers by the id of their weight, where more is known than the graph tells.
     """
-    gm = flatten(gm)
-    sites = find_linears(gm.graph, inputs)
-    return _rewrite(gm, inputs, options, _plan(sites, inputs, options, names))
+    return _packed(run_passes(PASSES, Progress(gm, inputs, options, measure, names)))
 
 
 def compile_prepared(
@@ -125,15 +123,15 @@ def compile_prepared(
 def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
     """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
     own = own_copy(gm)
-    flat = flatten(own)
-    views = refuse_lost_writes(flat.graph, inputs)
-    sites = find_linears(flat.graph, inputs)
+    found = run_passes(FIND, Progress(own, inputs, options, measure))
+    views = refuse_lost_writes(found.gm.graph, inputs)
+    found = replace(found, inputs=())  # it is kept, and holds no weight
 
     def decide(args: Sequence[Any]) -> list[Decision]:
-        return _plan(sites, args, options)
+        return list(run_passes(PLAN, replace(found, inputs=args)).decisions)
 
     def build(args: Sequence[Any], decisions: list[Decision], first: bool) -> dispatch.Variant:
-        prepared = _rewrite(flat, args, options, decisions)
+        prepared = _packed(run_passes(WRITE, replace(found, inputs=args, decisions=decisions)))
         graph = prepared.rewritten.gm if prepared.rewritten else _plain_copy(own)
         # A later variant is not compiled inside Dynamo's call to the backend: Dynamo traces the graph itself then, and
         # keeps those shapes dynamic that have to be.
@@ -141,9 +139,9 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
         call = finish(graph, inputs) if first else torch.compile(graph, backend=finish)
         return dispatch.Variant(decisions, prepared.rewritten.packed if prepared.rewritten else (), call)
 
-    positions = sorted({site.index for site in sites if site.reason is None and site.index is not None})
+    positions = sorted({site.index for site in found.sites if site.reason is None and site.index is not None})
     if not positions:
-        _report(_plan(sites, inputs, options))
+        _report(decide(inputs))
         return read_only_results(finish(gm, inputs), views)
     dispatcher = dispatch.Dispatcher(positions, decide, build)
     if any(isinstance(inputs[i], FakeTensor) for i in positions):
@@ -182,22 +180,15 @@ def refresh(model: nn.Module) -> None:
     dispatch.forget()
 
 
-def _plan(
-    sites: Sequence[Site], inputs: Sequence[Any], options: Options, names: Mapping[int, str] | None = None
-) -> list[Decision]:
-    return plan(sites, inputs, options, annotations_by_weight(), measure, names)
-
-
-def _rewrite(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, decisions: list[Decision]) -> Prepared:
-    units = merge(decisions, inputs, options.merge)
-    for unit in units:
-        log.debug("%s: %s", unit.kind, ", ".join(member.name for member in unit.members))
-    if not units:
-        return Prepared(decisions, [], None, ())
-    rewritten = rewrite(gm, units)
+def _packed(progress: Progress) -> Prepared:
+    """What the passes made, with the arrays of the weights that it needs."""
+    rewritten = progress.rewritten
+    if rewritten is None:
+        return Prepared(list(progress.decisions), [], None, ())
     trace_artifact("vnm_graph", lambda: str(rewritten.gm.graph))
-    packed: list[Packed] = [dispatch.packed_arrays(inputs, group) for group in rewritten.packed]
-    return Prepared(decisions, units, rewritten, tuple(array for arrays in packed for array in arrays))
+    packed: list[Packed] = [dispatch.packed_arrays(progress.inputs, group) for group in rewritten.packed]
+    arrays = tuple(array for arrays in packed for array in arrays)
+    return Prepared(list(progress.decisions), list(progress.units), rewritten, arrays)
 
 
 def _plain_copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -232,6 +223,4 @@ def _warn_of_gradients(decisions: Sequence[Decision]) -> None:
 
 def _report(decisions: Sequence[Decision]) -> None:
     _warn_of_gradients(decisions)
-    for decision in decisions:
-        log.debug("%s: %s (%s)", decision.name, decision.spec or "dense", decision.reason)
     trace_artifact("vnm_decisions", lambda: "\n".join(f"{d.name}\t{d.spec or 'dense'}\t{d.reason}" for d in decisions))
