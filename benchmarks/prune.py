@@ -32,7 +32,8 @@ from transformers import AutoTokenizer, BertModel
 
 import vnm_compile as vnm
 from benchmarks import sparsegpt
-from vnm_compile.annotate import Layer, select_layers
+from vnm_compile.annotate import select_layers
+from vnm_compile.layers import Layer
 from vnm_compile.prune.held_out import held_out_errors
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.annotate import Layer
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import second_moments
 
 BLOCK, GROUP, KEPT, DAMPING = 128, 4, 2, 0.01

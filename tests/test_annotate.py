@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from vnm_compile import Spec, VNMError, annotate, compress_model, detect, sparsify
-from vnm_compile.annotate import annotation_of, annotations_by_weight, linear_layers
+from vnm_compile.annotate import annotation_of, annotations_by_weight
+from vnm_compile.layers import linear_layers
 
 
 class Block(nn.Module):

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize, prune
 
 from tests.support import make_sparse_
 from vnm_compile import VNMError, VNMTensor, annotate, compress_model, decompress_model
-from vnm_compile.annotate import linear_layers
 from vnm_compile.checks import why_unusable
+from vnm_compile.layers import linear_layers
 
 SPEC = "16:2:8"
 

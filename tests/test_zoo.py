@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 
 import vnm_compile as vnm
-from vnm_compile.annotate import linear_layers
+from vnm_compile.layers import linear_layers
 
 SPARSE = {"vnm.policy": "memory"}
 SPEC = "16:2:8"

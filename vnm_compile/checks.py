@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,9 @@ from torch.nn.utils import parametrize
 
 from vnm_compile._torch import FakeTensor, disabled_torch_function, is_wrapped_by_transform
 from vnm_compile.errors import at_layer
+from vnm_compile.layers import Layer
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.validation import VALUE_DTYPES, stores_otherwise
-
-if TYPE_CHECKING:
-    from vnm_compile.annotate import Layer
 
 _ORDINARY_FUNCTIONS = (Tensor.__torch_function__, disabled_torch_function)
 

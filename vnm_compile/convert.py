@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from vnm_compile.annotate import (
+    ANY_SIZE,
     Annotation,
-    Layer,
     Selector,
     annotation_of,
-    linear_layers,
     select_layers,
     set_annotation,
 )
 from vnm_compile.checks import check_usable
 from vnm_compile.errors import VNMError
 from vnm_compile.format import matches
+from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
@@ -99,7 +99,7 @@ def _patterns(
     exclude: Iterable[Selector] | Selector | None,
 ) -> list[tuple[Layer, Spec]]:
     """The layers to compress, and how."""
-    selected = select_layers(model, spec or Spec(1, 1, 4), include, exclude)
+    selected = select_layers(model, spec or ANY_SIZE, include, exclude)
     check_usable(layer for layer, _ in selected)
     chosen = []
     for layer, given in selected:

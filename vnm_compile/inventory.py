@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vnm_compile.annotate import linear_layers
+from vnm_compile.layers import linear_layers, plain_name
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -51,7 +51,7 @@ def dense_weights(model: nn.Module) -> list[DenseWeight]:
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{key}" if prefix else key
-            name = ".".join(part for part in name.removesuffix(".weight").split(".") if part != "_orig_mod")
+            name = plain_name(name.removesuffix(".weight"))
             size = parameter.numel() * parameter.element_size()
             found.append(DenseWeight(name, tuple(parameter.shape), size, reason, parameter))
     return found

@@ -15,10 +15,10 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from vnm_compile._torch import static_sizes, tree_leaves, unwrapped_errors
-from vnm_compile.annotate import linear_layers
 from vnm_compile.backend import Prepared, prepare
 from vnm_compile.errors import VNMError
 from vnm_compile.inventory import dense_weights
+from vnm_compile.layers import linear_layers, plain_name
 from vnm_compile.options import Options
 
 log = logging.getLogger(__name__)
@@ -66,11 +66,6 @@ def _layer_names(model: nn.Module) -> dict[int, str]:
     """Names of what multiplies by weights, by the id of the weight; a graph after a graph break knows only a part."""
     others = {id(each.parameter): each.name for each in dense_weights(model)}
     return {**others, **{id(layer.stored): plain_name(layer.name) for layer in linear_layers(model)}}
-
-
-def plain_name(name: str) -> str:
-    """A name without the wrappers that torch.compile puts around modules."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def used_parameters(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:

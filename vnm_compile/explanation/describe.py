@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vnm_compile.annotate import Layer, annotation_of, linear_layers
+from vnm_compile.annotate import annotation_of
 from vnm_compile.backend import Prepared
 from vnm_compile.checks import why_unusable
 from vnm_compile.cost import CostModel
@@ -18,10 +18,10 @@ from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.explanation.layer import LayerReport
 from vnm_compile.format import matches, pack
 from vnm_compile.inventory import dense_weights
+from vnm_compile.layers import Layer, linear_layers, plain_name
 from vnm_compile.passes import Decision
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
-from vnm_compile.tracing import plain_name
 from vnm_compile.weights import detected_spec
 
 COMPRESSED = "stored compressed"

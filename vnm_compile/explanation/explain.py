@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from vnm_compile.annotate import linear_layers
 from vnm_compile.backend import Prepared
 from vnm_compile.errors import VNMError
 from vnm_compile.explanation.describe import describe_graphs
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.inventory import dense_weights
+from vnm_compile.layers import linear_layers
 from vnm_compile.options import split_options
 from vnm_compile.tracing import record_graphs, used_parameters
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import unreached, watch_inputs
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vnm_compile.annotate import Layer
+from vnm_compile.layers import Layer
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.annotate import Layer
 from vnm_compile.format import Packed, pack, unpack
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration.hooks import hooked
 from vnm_compile.spec import Spec
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.filenames import file_name
 from vnm_compile.format import matches
+from vnm_compile.layers import Layer
 from vnm_compile.spec import Spec
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vnm_compile.annotate import Layer, Selector, select_layers, set_annotation
+from vnm_compile.annotate import Selector, select_layers, set_annotation
 from vnm_compile.checks import check_usable
 from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.inventory import others
+from vnm_compile.layers import Layer
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.prune.calibration import as_batches
 from vnm_compile.prune.held_out import held_out_errors

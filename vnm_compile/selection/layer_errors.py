@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vnm_compile.annotate import Layer
+from vnm_compile.layers import Layer
 from vnm_compile.prune import project
 from vnm_compile.prune.calibration import output_error, second_moments
 from vnm_compile.spec import Spec

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vnm_compile.annotate import Layer, Selector, select_layers
+from vnm_compile.annotate import ANY_SIZE, Selector, select_layers
 from vnm_compile.checks import check_usable
 from vnm_compile.cost import CostModel
 from vnm_compile.errors import VNMError
+from vnm_compile.layers import Layer
 from vnm_compile.prune import Method, sparsify
 from vnm_compile.prune.calibration import calibrating
 from vnm_compile.prune.calibration.batches import as_batches
@@ -79,7 +80,7 @@ def select_spec(
     if not specs or not numbers or not speedup > 0 or tokens < 1 or check < 1:
         raise VNMError("select_spec takes at least one candidate, a speedup above 0, and tokens and check from 1 on.")
     model = getattr(model, "_orig_mod", model)
-    layers = [layer for layer, _ in select_layers(model, Spec(1, 1, 4), include, exclude)]
+    layers = [layer for layer, _ in select_layers(model, ANY_SIZE, include, exclude)]
     if not layers:
         raise VNMError("the model has no linear layer that a pattern could be chosen for.")
     check_usable(layers)

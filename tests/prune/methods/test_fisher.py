@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import vnm_compile as vnm
-from vnm_compile.annotate import Layer, annotation_of
+from vnm_compile.annotate import annotation_of
+from vnm_compile.layers import Layer
 from vnm_compile.prune import Fisher
 from vnm_compile.prune.methods.fisher import relaxed
 from vnm_compile.prune.methods.fisher_matrix import Part, fisher_blocks, parts_in_memory

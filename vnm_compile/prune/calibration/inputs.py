@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration.hooks import hooked
 from vnm_compile.prune.calibration.padding import Padding
 from vnm_compile.prune.calibration.running import calibrating, plain_numerics, run_model

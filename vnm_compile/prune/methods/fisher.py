@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import calibrating, plain_numerics
 from vnm_compile.prune.masks import hold_masks
 from vnm_compile.prune.methods.fisher_matrix import Loss, fisher_blocks, parts_in_memory

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vnm_compile.annotate import Layer
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import execution_order, plain_numerics, second_moments
 from vnm_compile.prune.methods.method import Job, Method
 from vnm_compile.prune.pruned import Pruned, running_pruned

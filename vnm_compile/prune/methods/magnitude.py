@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vnm_compile.annotate import Layer
+from vnm_compile.layers import Layer
 from vnm_compile.prune.methods.layer_by_layer import LayerMethod
 from vnm_compile.prune.methods.scores import Norm, check_norm, prune_by_scores
 from vnm_compile.prune.pruned import Pruned

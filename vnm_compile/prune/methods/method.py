@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from vnm_compile.annotate import Layer
+from vnm_compile.layers import Layer
 from vnm_compile.prune.pruned import Pruned
 from vnm_compile.prune.resume import PrunedLayers
 from vnm_compile.spec import Spec

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import output_error
 from vnm_compile.prune.project import project
 from vnm_compile.prune.pruned import Pruned, slabs

@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vnm_compile.annotate import Layer
 from vnm_compile.errors import VNMError
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import output_error
 from vnm_compile.prune.methods.layer_by_layer import LayerMethod
 from vnm_compile.prune.project import project

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.annotate import Layer
+from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import as_evaluated, input_energy, plain_numerics
 from vnm_compile.prune.permutation.absorb import ChannelOrder, ChannelOrders, find_channel_orders
 from vnm_compile.prune.permutation.search import HEAT, Use, retained, search
