@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vnm_compile._torch import FakeTensor, disabled_torch_function, is_wrapped_by_transform
-from vnm_compile.errors import at_layer
+from vnm_compile.errors import UnsupportedWeight, at_layer
 from vnm_compile.layers import Layer
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.validation import VALUE_DTYPES, stores_otherwise
@@ -52,7 +52,7 @@ def check_usable(layers: Iterable[Layer], *, written: bool = False, values: bool
     for layer in layers:
         reason = why_unusable(layer, written=written, values=values)
         if reason is not None:
-            raise at_layer(layer.name, reason)
+            raise at_layer(layer.name, reason, UnsupportedWeight)
 
 
 def _why_no_parameter(module: nn.Module) -> str:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import at_layer
+from vnm_compile.errors import PatternViolation, UnsupportedWeight, at_layer
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 DETECTED_V = (256, 128, 64, 32, 16, 8, 1)
@@ -196,13 +196,23 @@ def _matching_v(nonzero: Tensor, m: int, candidates: tuple[int, ...]) -> set[int
 
 def _check_matrix(weight: Tensor, layer: str | None) -> None:
     if not isinstance(weight, Tensor):
-        raise at_layer(layer, f"a weight is a tensor [out, in]; this one is a {type(weight).__name__}.")
+        raise at_layer(
+            layer, f"a weight is a tensor [out, in]; this one is a {type(weight).__name__}.", UnsupportedWeight
+        )
     if weight.layout != torch.strided:
-        raise at_layer(layer, f"a weight is a plain matrix; this one is stored as {weight.layout}; use .to_dense().")
+        raise at_layer(
+            layer,
+            f"a weight is a plain matrix; this one is stored as {weight.layout}; use .to_dense().",
+            UnsupportedWeight,
+        )
     if weight.is_meta:
-        raise at_layer(layer, "the weight is on the meta device and has no values; load it first.")
+        raise at_layer(layer, "the weight is on the meta device and has no values; load it first.", UnsupportedWeight)
     if weight.dim() != 2:
-        raise at_layer(layer, f"a V:N:M weight has 2 dimensions [out, in]; this one has shape {list(weight.shape)}.")
+        raise at_layer(
+            layer,
+            f"a V:N:M weight has 2 dimensions [out, in]; this one has shape {list(weight.shape)}.",
+            UnsupportedWeight,
+        )
 
 
 def _as_blocks(weight: Tensor, spec: Spec, layer: str | None) -> Tensor:
@@ -285,10 +295,9 @@ def _violation(weight: Tensor, spec: Spec, layer: str | None) -> Exception:
             f"row {row}, columns {_span(group, spec, weight)} has {int(per_row[row, group])} non-zeros "
             f"({spec.n} allowed)"
         )
-    return at_layer(
-        layer,
-        f'weight {list(weight.shape)} is not {spec}: {what}. Run vnm.sparsify(model, "{spec}") or exclude this layer.',
-    )
+    way_out = f'Run vnm.sparsify(model, "{spec}") or exclude this layer.'
+    message = f"weight {list(weight.shape)} is not {spec}: {what}. {way_out}"
+    return at_layer(layer, message, PatternViolation, expected=str(spec), found=what, way_out=way_out)
 
 
 def _span(group: int, spec: Spec, weight: Tensor) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -183,7 +183,7 @@ def find_target(name: str | Target) -> Target:
     if isinstance(name, Target):
         return name
     if name not in TARGETS:
-        raise VNMError(f"target {name!r} is unknown; code can be generated for {', '.join(TARGETS)}.")
+        raise BadOption(f"target {name!r} is unknown; code can be generated for {', '.join(TARGETS)}.")
     return TARGETS[name]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 
 PREFIX = "vnm."
 Policy = Literal["latency", "memory"]
@@ -44,17 +44,17 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
         VNMError: a `vnm.` key that does not exist, or a value that it does not take.
     """
     if options is not None and not isinstance(options, Mapping):
-        raise VNMError(f"options={options!r:.100}; give a dict such as {{'vnm.policy': 'memory'}}.")
+        raise BadOption(f"options={options!r:.100}; give a dict such as {{'vnm.policy': 'memory'}}.")
     given = dict(options or {})
     for key in given:
         if not isinstance(key, str):
-            raise VNMError(f"option {key!r:.100}; the keys of options are text.")
+            raise BadOption(f"option {key!r:.100}; the keys of options are text.")
     ours = {key.removeprefix(PREFIX): given.pop(key) for key in list(given) if key.startswith(PREFIX)}
     hints = get_type_hints(Options)
     for name, value in ours.items():
         if PREFIX + name not in OUR_OPTIONS:
-            raise VNMError(f"unknown option {PREFIX}{name}; there are {', '.join(OUR_OPTIONS)}.")
+            raise BadOption(f"unknown option {PREFIX}{name}; there are {', '.join(OUR_OPTIONS)}.")
         allowed = get_args(hints[name]) or (True, False)
         if value not in allowed or type(value) is not type(allowed[0]):
-            raise VNMError(f"{PREFIX}{name}={value!r}; it takes one of {', '.join(map(repr, allowed))}.")
+            raise BadOption(f"{PREFIX}{name}={value!r}; it takes one of {', '.join(map(repr, allowed))}.")
     return Options(**ours), given

@@ -8,7 +8,7 @@ from math import comb, log
 
 import torch
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 
 KEPT_COLUMNS = 4
 """Columns that a V x M block keeps. Four, so that what is left is N:4, which sparse tensor cores know."""
@@ -43,13 +43,13 @@ class Spec:
     def __post_init__(self) -> None:
         for name in ("v", "n", "m"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
-                raise VNMError(f"{name} is {getattr(self, name)!r}; a V:N:M pattern takes three integers.")
+                raise BadOption(f"{name} is {getattr(self, name)!r}; a V:N:M pattern takes three integers.")
         if not 1 <= self.v <= LARGEST_V:
-            raise VNMError(f"v={self.v}: a block has 1 to {LARGEST_V} rows; use 1, 16, 32, 64 or 128.")
+            raise BadOption(f"v={self.v}: a block has 1 to {LARGEST_V} rows; use 1, 16, 32, 64 or 128.")
         if self.n not in (1, 2):
-            raise VNMError(f"n={self.n}: a row keeps 1 or 2 of the 4 columns that its block keeps.")
+            raise BadOption(f"n={self.n}: a row keeps 1 or 2 of the 4 columns that its block keeps.")
         if not 4 <= self.m <= 65536:
-            raise VNMError(f"m={self.m}: a block keeps 4 of its m columns, so m is at least 4 (and at most 65536).")
+            raise BadOption(f"m={self.m}: a block keeps 4 of its m columns, so m is at least 4 (and at most 65536).")
 
     @classmethod
     def parse(cls, text: str | Spec) -> Spec:
@@ -62,7 +62,7 @@ class Spec:
             return text
         found = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if found is None:
-            raise VNMError(f'{text!r} is not a V:N:M pattern; write three integers, such as "64:2:8".')
+            raise BadOption(f'{text!r} is not a V:N:M pattern; write three integers, such as "64:2:8".')
         return cls(*map(int, found.groups()))
 
     def __str__(self) -> str:

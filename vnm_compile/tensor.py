@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vnm_compile._torch import FakeTensor
-from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.errors import UnsupportedWeight, VNMError, at_layer
 from vnm_compile.format import Packed, pack, unpack
 from vnm_compile.spec import Spec
 from vnm_compile.validation import VALUE_DTYPES, own_arrays, stores_otherwise
@@ -316,10 +316,16 @@ def compress(weight: Tensor, spec: Spec | str, layer: str | None = None) -> VNMT
     spec = Spec.parse(spec)
     if isinstance(weight, Tensor):
         if weight.dtype not in VALUE_DTYPES:
-            raise at_layer(layer, f"a weight of {weight.dtype} cannot be compressed; convert it to a float dtype.")
+            raise at_layer(
+                layer,
+                f"a weight of {weight.dtype} cannot be compressed; convert it to a float dtype.",
+                UnsupportedWeight,
+            )
         if stores_otherwise(type(weight)) and not isinstance(weight, VNMTensor | FakeTensor):
             kind = type(weight).__name__
-            raise at_layer(layer, f"a {kind} stores its values in a way of its own; compress a plain tensor.")
+            raise at_layer(
+                layer, f"a {kind} stores its values in a way of its own; compress a plain tensor.", UnsupportedWeight
+            )
     # Arrays made under inference_mode could not be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         return VNMTensor._wrap(pack(weight, spec, layer), spec, tuple(weight.shape), False)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadFile, VNMError
 
 WEIGHT_FILES = (
     "*.safetensors",
@@ -55,9 +55,9 @@ def load_model(directory: Path) -> nn.Module:
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
-        raise VNMError(f"{directory}: its weights hold more than tensors, and are not unpickled.") from error
+        raise BadFile(f"{directory}: its weights hold more than tensors, and are not unpickled.") from error
     except Exception as error:  # anything may come of a damaged file; the class's name says what did
-        raise VNMError(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
+        raise BadFile(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
     finally:
         transformers.utils.logging.set_verbosity(level)
     _check_complete(directory, info)
@@ -76,7 +76,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as with models
-        raise VNMError(
+        raise BadFile(
             f"{directory} holds no tokenizer that can be loaded ({_first_line(error)}), so text cannot be its "
             "calibration data; give a .safetensors file of model inputs."
         ) from error
@@ -90,22 +90,22 @@ def check_directory(directory: Path) -> None:
     """
     if not directory.exists():
         hint = "; models are not downloaded: get it first (hf download), then give its directory"
-        raise VNMError(f"{directory} is no directory on this machine{hint}.")
+        raise BadFile(f"{directory} is no directory on this machine{hint}.")
     if not directory.is_dir():
-        raise VNMError(f"{directory} is a file; give the directory of a Hugging Face model.")
+        raise BadFile(f"{directory} is a file; give the directory of a Hugging Face model.")
     if not (directory / "config.json").is_file():
-        raise VNMError(f"{directory} holds no config.json; give the directory of a Hugging Face model.")
+        raise BadFile(f"{directory} holds no config.json; give the directory of a Hugging Face model.")
     if (directory / "adapter_config.json").exists():
-        raise VNMError(f"{directory} holds an adapter; merge it into its model first (peft's merge_and_unload).")
+        raise BadFile(f"{directory} holds an adapter; merge it into its model first (peft's merge_and_unload).")
     root = _root(directory)
     for path in files_below(directory):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise VNMError(
+            raise BadFile(
                 f"{path} is a link to {path.resolve()}, out of the model's directory, and is not followed; "
                 "put a copy of what it leads to in its place."
             )
         if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
-            raise VNMError(f"{path} is no file that can be read (a broken link, a pipe, a device); remove it.")
+            raise BadFile(f"{path} is no file that can be read (a broken link, a pipe, a device); remove it.")
 
 
 def files_below(directory: Path) -> Iterator[Path]:
@@ -132,9 +132,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise VNMError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
+        raise BadFile(f"{path} cannot be read as JSON: {_first_line(error)}") from error
     if not isinstance(found, dict):
-        raise VNMError(f"{path} holds a {type(found).__name__}; expected a JSON object.")
+        raise BadFile(f"{path} holds a {type(found).__name__}; expected a JSON object.")
     return found
 
 
@@ -142,20 +142,20 @@ def _model_class(directory: Path, config: dict[str, Any]) -> Any:
     import transformers
 
     if _brings_code(config):
-        raise VNMError(f"{directory}: the model brings code of its own, which is not run; prune it with vnm.sparsify.")
+        raise BadFile(f"{directory}: the model brings code of its own, which is not run; prune it with vnm.sparsify.")
     names = config.get("architectures")
     if names is None or names == []:
         return transformers.AutoModel
     name = names[0] if isinstance(names, list) else None
     if not isinstance(name, str):
-        raise VNMError(f"{directory}: architectures in config.json is {names!r}; expected a list of names of classes.")
+        raise BadFile(f"{directory}: architectures in config.json is {names!r}; expected a list of names of classes.")
     try:
         kind = getattr(transformers, name, None) if name.isidentifier() else None
     except Exception as error:  # the class needs a package that is not there
-        raise VNMError(f"{directory}: {name} cannot be imported: {_first_line(error)}") from error
+        raise BadFile(f"{directory}: {name} cannot be imported: {_first_line(error)}") from error
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         version = transformers.__version__
-        raise VNMError(f"{directory}: transformers {version} has no class {name} of models; update transformers.")
+        raise BadFile(f"{directory}: transformers {version} has no class {name} of models; update transformers.")
     return kind
 
 
@@ -171,12 +171,12 @@ def _check_indices(directory: Path) -> None:
     for index in sorted(directory.glob("*.index.json")):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
-            raise VNMError(f"{index} has no weight_map; expected the file of each weight.")
+            raise BadFile(f"{index} has no weight_map; expected the file of each weight.")
         for name in sorted({str(each) for each in names.values()}):
             if name in ("", ".", "..") or set(name) & set("/\\\0"):
-                raise VNMError(f"{index} names the file {name!r}; weights are only read from the model's directory.")
+                raise BadFile(f"{index} names the file {name!r}; weights are only read from the model's directory.")
             if not (directory / name).is_file():
-                raise VNMError(f"{index} names the file {name}, which is missing.")
+                raise BadFile(f"{index} names the file {name}, which is missing.")
 
 
 def _check_complete(directory: Path, info: dict[str, Any]) -> None:
@@ -184,13 +184,13 @@ def _check_complete(directory: Path, info: dict[str, Any]) -> None:
         _shown(info.get(f"{kind}_keys") or ()) for kind in ("missing", "mismatched", "unexpected")
     )
     if missing:
-        raise VNMError(f"{directory}: weights are missing, which would be random: {missing}.")
+        raise BadFile(f"{directory}: weights are missing, which would be random: {missing}.")
     if mismatched:
-        raise VNMError(f"{directory}: weights have other shapes than config.json says: {mismatched}.")
+        raise BadFile(f"{directory}: weights have other shapes than config.json says: {mismatched}.")
     if unexpected:
-        raise VNMError(f"{directory}: its files hold weights that the model has no place for: {unexpected}.")
+        raise BadFile(f"{directory}: its files hold weights that the model has no place for: {unexpected}.")
     if info.get("error_msgs"):
-        raise VNMError(f"{directory}: the model cannot be loaded: {_first_line(info['error_msgs'])}")
+        raise BadFile(f"{directory}: the model cannot be loaded: {_first_line(info['error_msgs'])}")
 
 
 def _shown(keys: Iterable[Any]) -> str:

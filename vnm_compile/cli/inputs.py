@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vnm_compile.cli.directory import load_tokenizer
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadFile
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".npy", ".npz", ".ckpt")
 
@@ -33,9 +33,9 @@ def load_batches(file: Path, directory: Path, model: nn.Module, samples: int, le
         VNMError: the file cannot be read, or holds less than one sample.
     """
     if not file.is_file():
-        raise VNMError(f"there is no calibration file {file}.")
+        raise BadFile(f"there is no calibration file {file}.")
     if file.suffix in _PICKLES:
-        raise VNMError(f"{file} may be a pickle, which is not read; give text or a .safetensors file of model inputs.")
+        raise BadFile(f"{file} may be a pickle, which is not read; give text or a .safetensors file of model inputs.")
     data = _tensors(file) if file.suffix == ".safetensors" else _passages(file, directory, model, length)
     count = len(next(iter(data.values())))
     chosen = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu")[:samples]
@@ -46,10 +46,10 @@ def _tensors(file: Path) -> Batch:
     try:
         tensors = load_file(file)
     except Exception as error:  # safetensors has exceptions of its own
-        raise VNMError(f"{file} cannot be read as a safetensors file of model inputs: {error}.") from error
+        raise BadFile(f"{file} cannot be read as a safetensors file of model inputs: {error}.") from error
     lengths = {name: len(value) if value.dim() else 0 for name, value in tensors.items()}
     if not lengths or len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise VNMError(f"{file}: its tensors have {lengths} rows; each holds the same number of samples, at least one.")
+        raise BadFile(f"{file}: its tensors have {lengths} rows; each holds the same number of samples, at least one.")
     return tensors
 
 
@@ -61,12 +61,12 @@ def _passages(file: Path, directory: Path, model: nn.Module, length: int) -> Bat
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise VNMError(f"{file} is not UTF-8 text; give text or a .safetensors file of model inputs.") from error
+        raise BadFile(f"{file} is not UTF-8 text; give text or a .safetensors file of model inputs.") from error
     except OSError as error:
-        raise VNMError(f"the calibration file {file} cannot be read: {error}.") from error
+        raise BadFile(f"the calibration file {file} cannot be read: {error}.") from error
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(tokens) < length:
-        raise VNMError(f"{file} holds {len(tokens)} tokens, a passage is {length}; give more text or --length.")
+        raise BadFile(f"{file} holds {len(tokens)} tokens, a passage is {length}; give more text or --length.")
     passages = tokens[: len(tokens) // length * length].view(-1, length)
     if getattr(config, "is_encoder_decoder", False):
         return {"input_ids": passages, "decoder_input_ids": passages}

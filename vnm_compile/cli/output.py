@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from vnm_compile.cli.directory import NOT_COPIED, WEIGHT_FILES
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadFile, VNMError
 
 _REWRITTEN = ("config.json", "generation_config.json")
 _PRIVATE = 0o600
@@ -30,24 +30,24 @@ def check_output(out: Path, source: Path, force: bool) -> None:
     """
     target, model = out.resolve(), source.resolve()
     if target == model:
-        raise VNMError(f"{out} is the model itself; write to another directory.")
+        raise BadFile(f"{out} is the model itself; write to another directory.")
     if target.is_relative_to(model):
-        raise VNMError(f"{out} lies in the model's directory {source}; write to another directory.")
+        raise BadFile(f"{out} lies in the model's directory {source}; write to another directory.")
     if model.is_relative_to(target) and model.exists():
-        raise VNMError(f"{out} holds the model's directory {source}; write to another directory.")
+        raise BadFile(f"{out} holds the model's directory {source}; write to another directory.")
     if target.exists() and not target.is_dir():
-        raise VNMError(f"{out} is a file; give a directory.")
+        raise BadFile(f"{out} is a file; give a directory.")
     try:
         occupied = target.is_dir() and any(target.iterdir())
     except OSError as error:
-        raise VNMError(f"{out} cannot be read: {error}.") from error
+        raise BadFile(f"{out} cannot be read: {error}.") from error
     if occupied and not force:
-        raise VNMError(f"{out} is not empty; choose another directory, or replace the model in it with --force.")
+        raise BadFile(f"{out} is not empty; choose another directory, or replace the model in it with --force.")
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
-        raise VNMError(f"{out}: {above} is a file; give a directory below a directory.")
+        raise BadFile(f"{out}: {above} is a file; give a directory below a directory.")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise VNMError(f"{out} cannot be written: {above} is not writable.")
+        raise BadFile(f"{out} cannot be written: {above} is not writable.")
 
 
 def write_model(model: nn.Module, source: Path, out: Path, reports: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ def write_model(model: nn.Module, source: Path, out: Path, reports: Mapping[str,
     except VNMError:
         raise
     except Exception as error:  # a full disk: safetensors has an exception of its own for it
-        raise VNMError(f"the model cannot be written to {out}: {error}. Nothing was left there.") from error
+        raise BadFile(f"the model cannot be written to {out}: {error}. Nothing was left there.") from error
 
 
 def _fill(new: Path, model: nn.Module, source: Path, reports: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.errors import BadCalibration, BadFile, at_layer
 from vnm_compile.filenames import file_name
 from vnm_compile.format import matches
 from vnm_compile.layers import Layer
@@ -36,7 +36,7 @@ class PrunedLayers:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise VNMError(f"checkpoint={str(directory)!r} is no directory that can be written to: {error}.") from error
+            raise BadFile(f"checkpoint={str(directory)!r} is no directory that can be written to: {error}.") from error
 
     def load(self, layer: Layer, spec: Spec) -> tuple[Tensor, float | None] | None:
         """The pruned weight `[out_features, in_features]` of a layer and its output error, or None: not pruned yet.
@@ -50,7 +50,7 @@ class PrunedLayers:
         try:
             found, weight = _read(path)
         except Exception as error:
-            raise at_layer(layer.name, f"{path} cannot be read ({error}); delete it.") from error
+            raise at_layer(layer.name, f"{path} cannot be read ({error}); delete it.", BadFile) from error
         wanted = self._description(layer, spec)
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if "method" in differing:
@@ -60,10 +60,11 @@ class PrunedLayers:
                 layer.name,
                 f"{path} is of a run with another {', '.join(differing)}; give another checkpoint directory, "
                 "or delete this one.",
+                BadFile,
             )
         damage = _damage(layer, spec, found, weight)
         if damage:
-            raise at_layer(layer.name, f"{path} cannot be read ({damage}); delete it.")
+            raise at_layer(layer.name, f"{path} cannot be read ({damage}); delete it.", BadFile)
         return weight.to(layer.weight.device), found["output_error"]
 
     def save(self, layer: Layer, spec: Spec, weight: Tensor, output_error: float | None) -> None:
@@ -83,7 +84,7 @@ class PrunedLayers:
             save_file({"weight": weight}, unfinished, metadata={"vnm_compile": json.dumps(content)})
             os.replace(unfinished, path)
         except Exception as error:  # safetensors has an exception of its own for a full disk
-            raise at_layer(layer.name, f"its checkpoint {path} cannot be written: {error}.") from error
+            raise at_layer(layer.name, f"its checkpoint {path} cannot be written: {error}.", BadFile) from error
 
     def _path(self, layer: Layer) -> Path:
         return self.directory / file_name(layer.name, ".safetensors")
@@ -138,7 +139,7 @@ def fingerprint(data: Any) -> str:
         elif each is None or isinstance(each, bool | int | float | str):
             digest.update(repr(each).encode())
         else:
-            raise VNMError(
+            raise BadCalibration(
                 f"checkpoint=: calibration data with a {type(each).__name__} cannot be told from other data."
             )
 

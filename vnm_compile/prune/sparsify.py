@@ -12,7 +12,7 @@ from torch import nn
 
 from vnm_compile.annotate import Selector, select_layers, set_annotation
 from vnm_compile.checks import check_usable
-from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.errors import UnsupportedWeight, VNMError, at_layer
 from vnm_compile.inventory import others
 from vnm_compile.layers import Layer
 from vnm_compile.memory import return_freed_memory
@@ -178,10 +178,16 @@ def _own_modes(layers: Sequence[Layer]) -> Iterator[None]:
 def _check(layers: Sequence[Layer]) -> None:
     for layer in layers:
         if isinstance(layer.stored, VNMTensor):
-            raise at_layer(layer.name, "its weight is compressed already; call vnm.decompress_model(model) first.")
+            raise at_layer(
+                layer.name,
+                "its weight is compressed already; call vnm.decompress_model(model) first.",
+                UnsupportedWeight,
+            )
     check_usable(layers, written=True)
     for layer in layers:
         # NaN is passed on by both; isfinite() would make copies of the weight.
         low, high = torch.aminmax(layer.weight.detach())
         if not bool(low.isfinite() & high.isfinite()):
-            raise at_layer(layer.name, "its weight holds NaN or infinity; repair or exclude the layer.")
+            raise at_layer(
+                layer.name, "its weight holds NaN or infinity; repair or exclude the layer.", UnsupportedWeight
+            )

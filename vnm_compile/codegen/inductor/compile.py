@@ -13,7 +13,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from vnm_compile.codegen.inductor.cache_key import CacheKey
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 from vnm_compile.options import OUR_OPTIONS
 
 
@@ -25,7 +25,7 @@ def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any
     """
     known = list_mode_options(None, dynamic)
     if mode is not None and mode not in known:
-        raise VNMError(f"unknown mode {mode!r}; there are {', '.join(known)}.")
+        raise BadOption(f"unknown mode {mode!r}; there are {', '.join(known)}.")
     return dict(known[mode]) if mode else {}
 
 
@@ -42,10 +42,10 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             close = difflib.get_close_matches(key, [*known, *OUR_OPTIONS], n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
-            raise VNMError(f"unknown option {given}: neither Inductor's nor ours{hint}")
+            raise BadOption(f"unknown option {given}: neither Inductor's nor ours{hint}")
         expected = inductor_config.get_type(key)  # type: ignore[attr-defined]
         if get_origin(expected) is None and isinstance(expected, type) and not isinstance(value, expected):
-            raise VNMError(f"option {given}={value!r}; Inductor takes {expected.__name__} there.")
+            raise BadOption(f"option {given}={value!r}; Inductor takes {expected.__name__} there.")
         checked[key] = value
     return checked
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadCalibration
 
 _FORMS = "a tensor, a tuple or a dict of tensors each"
 
@@ -32,7 +32,9 @@ def as_batches(data: Iterable[Any] | None, what: str = "calibration") -> list[An
     if isinstance(data, Tensor | Mapping):
         found: list[Any] = [data]
     elif isinstance(data, str | bytes) or _is_array(data) or not _iterable(data):
-        raise VNMError(f"{what}= is a {type(data).__name__}; give batches of model inputs, {_FORMS}.{_way_out(data)}")
+        raise BadCalibration(
+            f"{what}= is a {type(data).__name__}; give batches of model inputs, {_FORMS}.{_way_out(data)}"
+        )
     else:
         found = list(data)
     return [_checked(batch, i, what) for i, batch in enumerate(found)]
@@ -53,15 +55,15 @@ def _checked(batch: Any, number: int, what: str) -> Any:
     """The batch, its inference tensors copied: these can take no part in a gradient."""
     label = f"{what} batch {number}, of {what}=,"
     if not isinstance(batch, Tensor | Mapping | tuple | list):
-        raise VNMError(f"{label} is a {type(batch).__name__}; give {_FORMS}.{_way_out(batch)}")
+        raise BadCalibration(f"{label} is a {type(batch).__name__}; give {_FORMS}.{_way_out(batch)}")
     if isinstance(batch, Mapping) and not all(isinstance(key, str) for key in batch):
-        raise VNMError(f"{label} is a dict whose keys are not all names of arguments: {list(batch)[:4]}.")
+        raise BadCalibration(f"{label} is a dict whose keys are not all names of arguments: {list(batch)[:4]}.")
     values = list(_leaves(batch))
     foreign = next((value for value in values if _is_array(value)), None)
     if foreign is not None:
-        raise VNMError(f"{label} holds a {type(foreign).__name__}; give {_FORMS}.{_way_out(foreign)}")
+        raise BadCalibration(f"{label} holds a {type(foreign).__name__}; give {_FORMS}.{_way_out(foreign)}")
     if not any(isinstance(value, Tensor) for value in values):
-        raise VNMError(f"{label} holds no tensor, but {described(batch)}; give {_FORMS}.{_way_out(*values[:1])}")
+        raise BadCalibration(f"{label} holds no tensor, but {described(batch)}; give {_FORMS}.{_way_out(*values[:1])}")
     return _map(batch, _ordinary)
 
 
@@ -124,7 +126,7 @@ def check_ids(ids: Any, size: int, name: str) -> None:
         return
     low, high = map(int, torch.aminmax(ids))
     if low < 0 or high >= size:
-        raise VNMError(
+        raise BadCalibration(
             f"{name}: index {low if low < 0 else high} of the calibration data is outside of this embedding of {size} "
             "rows; use the model's own tokenizer, and sequences no longer than it takes."
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.errors import BadCalibration, VNMError, at_layer
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration.hooks import hooked
 from vnm_compile.prune.calibration.padding import Padding
@@ -111,7 +111,9 @@ def _means(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], ad
 
 def _finite(layer: Layer, total: Tensor) -> Tensor:
     if not total.isfinite().all():
-        raise at_layer(layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.")
+        raise at_layer(
+            layer.name, "its calibration inputs hold NaN or infinity; repair the data or the model.", BadCalibration
+        )
     return total
 
 
@@ -123,11 +125,13 @@ def unreached(model: nn.Module, layer: Layer) -> VNMError:
             layer.name,
             "nn.MultiheadAttention multiplies by this weight without calling the layer, so its inputs cannot be seen; "
             f'exclude it (exclude="*.{layer.name.rpartition(".")[2]}"), or use method="magnitude" or "fisher".',
+            BadCalibration,
         )
     return at_layer(
         layer.name,
         "no calibration data reached it: the model did not call this layer for any token of the batches; give batches "
         "that do, or exclude the layer.",
+        BadCalibration,
     )
 
 
