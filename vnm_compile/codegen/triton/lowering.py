@@ -103,7 +103,7 @@ class _Sparse:
         self.spec, self.in_features, self.out_features, self.rows = spec, in_features, out_features, rows
         self.dtype = x.get_dtype()
         self.target: Target = device_target(x.get_device())
-        self.x = _activation(x)
+        self.x = _k_major(x)
         values, metadata = (rows_in_place(array, _ALIGNMENT, padded=True) for array in arrays[:2])
         # Metadata is read two bytes at a time where a quad of groups has as many.
         self.arrays = (values, _rows_apart(metadata, spec.n), rows_in_place(arrays[2], _ALIGNMENT))
@@ -235,7 +235,7 @@ class _Sparse:
         return {1 + i: functools.partial(like, i) for i in range(3)}
 
 
-def _activation(x: Any) -> Any:
+def _k_major(x: Any) -> Any:
     """The activations as a matrix `[tokens, in_features]`, K-major with aligned rows."""
     *leading, width = x.get_size()
     tokens = 1
