@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,26 +116,9 @@ class _Finder:
         return Site(weight_name(weight), node, product.x, weight, index, product.bias, transposed, reason, mode)
 
     def why_unfit(self, node: fx.Node, weight: fx.Node, value: Tensor, product: Product) -> str | None:
-        """Why a linear whose weight is an input must stay dense, or None."""
-        if value.dim() != 2:
-            return f"its weight has {value.dim()} dimensions; only matrices are handled"
-        if is_traceable_wrapper_subclass(value) and not isinstance(value, VNMTensor):
-            return f"its weight is a {type(value).__name__}, which stores its values in a way of its own"
-        if not value.dtype.is_floating_point:
-            return f"its weight is {value.dtype}; kernels exist for floating-point weights"
-        if self.mode[node].transforms:
-            return (
-                "inside a transform of torch.func or forward-mode AD (vmap, grad, jvp), which the kernels do not follow"
-            )
-        writer = self.effects.writer_of(weight)
-        if writer is not None:
-            return f"its weight is written to in the graph ({op_name(writer)}), after it would have been packed"
-        others = [user for user in weight.users if not _only_multiplies(user)]
-        if others:
-            return (
-                f"its weight is shared with {op_name(others[0])} (a tied weight); compressing it would store it twice"
-            )
-        return product.reason or _why_unlike(node, value, product, self.mode[node])
+        """Why a linear whose weight is an input must stay dense, or None: what the first rule that applies says."""
+        case = _Case(node, weight, value, product, self.mode[node], self.effects)
+        return next((reason for rule in _UNFIT if (reason := rule(case)) is not None), None)
 
     def unhandled(self, node: fx.Node) -> list[Site]:
         """The sites of an op that multiplies by stored weights in a way that is not rewritten."""
@@ -171,12 +154,66 @@ class _Finder:
         return sites
 
 
-def _why_unlike(node: fx.Node, weight: Tensor, product: Product, mode: Mode) -> str | None:
-    """Why our op followed by an addition would not be what this product is to eager, or None."""
-    x, bias, y = example(product.x), example(product.bias), example(node)
+@dataclass(frozen=True)
+class _Case:
+    """A linear that a rule is asked about: its node, the placeholder of its weight, the weight, and where it runs."""
+
+    node: fx.Node
+    weight: fx.Node
+    value: Tensor
+    product: Product
+    mode: Mode
+    effects: Effects
+
+
+def _no_matrix(case: _Case) -> str | None:
+    dimensions = case.value.dim()
+    return f"its weight has {dimensions} dimensions; only matrices are handled" if dimensions != 2 else None
+
+
+def _stored_otherwise(case: _Case) -> str | None:
+    if not is_traceable_wrapper_subclass(case.value) or isinstance(case.value, VNMTensor):
+        return None
+    return f"its weight is a {type(case.value).__name__}, which stores its values in a way of its own"
+
+
+def _no_floats(case: _Case) -> str | None:
+    if case.value.dtype.is_floating_point:
+        return None
+    return f"its weight is {case.value.dtype}; kernels exist for floating-point weights"
+
+
+def _in_a_transform(case: _Case) -> str | None:
+    if not case.mode.transforms:
+        return None
+    return "inside a transform of torch.func or forward-mode AD (vmap, grad, jvp), which the kernels do not follow"
+
+
+def _written_to(case: _Case) -> str | None:
+    writer = case.effects.writer_of(case.weight)
+    if writer is None:
+        return None
+    return f"its weight is written to in the graph ({op_name(writer)}), after it would have been packed"
+
+
+def _tied(case: _Case) -> str | None:
+    other = next((user for user in case.weight.users if not _only_multiplies(user)), None)
+    if other is None:
+        return None
+    return f"its weight is shared with {op_name(other)} (a tied weight); compressing it would store it twice"
+
+
+def _called_with_more(case: _Case) -> str | None:
+    return case.product.reason
+
+
+def _unlike_eager(case: _Case) -> str | None:
+    """Why our op followed by an addition would not be what this product is to eager."""
+    product, mode = case.product, case.mode
+    x, bias, y = example(product.x), example(product.bias), example(case.node)
     if x is None or y is None:
         return None
-    operands = [each.dtype for each in (x, weight, bias) if each is not None]
+    operands = [each.dtype for each in (x, case.value, bias) if each is not None]
     if x.device.type not in mode.autocast:
         mixed = len(set(operands)) > 1
     else:  # autocast casts to its own dtype, but leaves float64 as it is
@@ -186,6 +223,19 @@ def _why_unlike(node: fx.Node, weight: Tensor, product: Product, mode: Mode) -> 
     if bias is not None and bias.dim() > 1 and x.dim() != 2:
         return f"its bias has {bias.dim()} dimensions; only a bias for each output is added as torch adds it"
     return None if _is_contiguous(y) else "its result is not contiguous in eager mode, and ours would be"
+
+
+_UNFIT: tuple[Callable[[_Case], str | None], ...] = (
+    _no_matrix,
+    _stored_otherwise,
+    _no_floats,
+    _in_a_transform,
+    _written_to,
+    _tied,
+    _called_with_more,
+    _unlike_eager,
+)
+"""Why a product with a stored weight must stay dense; the first that applies is told."""
 
 
 def _is_contiguous(tensor: Tensor) -> bool:

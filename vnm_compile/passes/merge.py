@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,18 +51,20 @@ def merge(decisions: Sequence[Decision], inputs: Sequence[Any], enabled: bool = 
     if len(joinable) < 2:
         return [Unit("single", (decision,)) for decision in sparse]
     effects = Effects(joinable[0].site.node.graph)
-    units = _gated_units([d for d in joinable if not d.site.mode.grad], effects)
-    taken = {id(member) for unit in units for member in unit.members}
-    units += _sibling_units([d for d in joinable if id(d) not in taken], effects)
-    taken |= {id(member) for unit in units for member in unit.members}
+    units: list[Unit] = []
+    taken: set[int] = set()
+    for join in _JOINS:
+        units += join([d for d in joinable if id(d) not in taken], effects)
+        taken |= {id(member) for unit in units for member in unit.members}
     units += [Unit("single", (d,)) for d in sparse if id(d) not in taken]
     order = {id(decision): i for i, decision in enumerate(decisions)}
     return sorted(units, key=lambda unit: min(order[id(member)] for member in unit.members))
 
 
 def _gated_units(decisions: Sequence[Decision], effects: Effects) -> list[Unit]:
-    """Pairs of linears whose only use is `activation(gate) * up`."""
-    by_node = {decision.site.node: decision for decision in decisions if decision.site.bias is None}
+    """Pairs of linears whose only use is `activation(gate) * up`, where no gradients are recorded."""
+    fit = [decision for decision in decisions if decision.site.bias is None and not decision.site.mode.grad]
+    by_node = {decision.site.node: decision for decision in fit}
     units = []
     for gate in by_node.values():
         activated = _only_user(gate.site.node)
@@ -90,6 +92,10 @@ def _sibling_units(decisions: Sequence[Decision], effects: Effects) -> list[Unit
         elif all(decision.site.weight is not other.site.weight for other in group):
             group.append(decision)
     return [Unit("siblings", tuple(group)) for group in groups if len(group) > 1]
+
+
+_JOINS: tuple[Callable[[Sequence[Decision], Effects], list[Unit]], ...] = (_gated_units, _sibling_units)
+"""The ways to join linears; what one has taken is not offered to the next."""
 
 
 def _may_move(members: Sequence[Decision], place: fx.Node, effects: Effects) -> bool:
