@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.codecache import PyCodeCache
 
-from vnm_compile.codegen.measure import random_packed
+from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import unpack
 from vnm_compile.problem import Problem
 from vnm_compile.spec import Spec
@@ -49,7 +49,7 @@ def forget_compiled() -> None:
 def random_weight(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """A random dense weight `[out_features, in_features]` that follows `spec`."""
     problem = Problem(1, out_features, in_features, spec, dtype, torch.device("cpu"))
-    return unpack(random_packed(problem, seed), spec, out_features, in_features)
+    return unpack(random_packed(problem, seed), problem.layout)
 
 
 def fill_with_pattern(model: nn.Module, spec: Spec, exclude: tuple[str, ...] = ()) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import OURS, contenders, fill_with_pattern, forget_compiled
 from benchmarks.timing import Result, compare
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -55,7 +56,7 @@ class Case:
         """How much faster it could be: by the bytes of the weight up to 4 tokens, by its non-zeros beyond."""
         if self.tokens <= 4:
             dense = self.out_features * self.in_features * self.dtype.itemsize
-            return dense / self.spec.nbytes(self.out_features, self.in_features, self.dtype)
+            return dense / Layout(self.spec, self.out_features, self.in_features).nbytes(self.dtype)
         return self.spec.m / self.spec.n
 
     @property

@@ -152,7 +152,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, flops: float) ->
     from benchmarks.gpu_contenders import OURS, SEMI_STRUCTURED, contenders, linears, semi_structured
     from benchmarks.gpu_timing import seconds_of_each, sets_needed
 
-    sets = sets_needed(case.spec.nbytes(case.out_features, case.in_features, case.dtype), device)
+    sets = sets_needed(case.layout.nbytes(case.dtype), device)
     x = torch.randn(case.tokens, case.in_features, device=device).to(case.dtype)
     with torch.no_grad():
         calls = contenders(case, linears(case, device, sets), x)
@@ -179,12 +179,8 @@ def dry_run(target: str) -> Iterator[tuple[str, ...]]:
 
     card = find_target(target)
     for case in (*gpu_cases.layers(), *gpu_cases.small()):
-        spec, size = case.spec, (case.out_features, case.in_features)
-        kinds = (case.dtype, torch.uint8, spec.column_dtype)
-        arrays = [
-            torch.empty(shape, dtype=kind, device="meta")
-            for shape, kind in zip(spec.packed_shapes(*size), kinds, strict=True)
-        ]
+        kinds = zip(case.layout.shapes, case.layout.dtypes(case.dtype), strict=True)
+        arrays = [torch.empty(shape, dtype=kind, device="meta") for shape, kind in kinds]
         x = torch.empty(case.tokens, case.in_features, dtype=case.dtype, device="meta")
         generated = generate(_linear(case), [x, *arrays], card, static=(1, 2, 3))
         (kernel,) = (each for each in generated.kernels if each.schedule.template)
@@ -194,14 +190,14 @@ def dry_run(target: str) -> Iterator[tuple[str, ...]]:
         tile = " ".join(f"{key[6:]}{code.config[key]}" for key in ("BLOCK_O", "BLOCK_T", "BLOCK_G"))
         tile += f" w{code.config['num_warps']} s{code.config['num_stages']} k{code.config['SPLITS']}"
         figures = (str(code.registers), str(code.spills), str(code.shared_bytes), f"{1e6 * floor:.1f}")
-        yield case.name, str(spec), str(case.tokens), tile, *figures
+        yield case.name, str(case.spec), str(case.tokens), tile, *figures
 
 
 def _linear(case: Case) -> Callable[..., Any]:
+    from vnm_compile.ops import linear
+
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        spec = case.spec
-        sizes = (spec.v, spec.n, spec.m, case.in_features, case.out_features)
-        return torch.ops.vnm.linear(x, values, metadata, columns, *sizes)
+        return linear(x, (values, metadata, columns), case.layout)
 
     return graph
 

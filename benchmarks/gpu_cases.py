@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vnm_compile.cost import CostModel
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
 TOKENS = (1, 16, 64, 2048, 8192)
@@ -38,6 +39,11 @@ class Case:
     def name(self) -> str:
         """`14336 x 4096`."""
         return f"{self.out_features} x {self.in_features}"
+
+    @property
+    def layout(self) -> Layout:
+        """Storage of the weight."""
+        return Layout(self.spec, self.out_features, self.in_features)
 
     def floor(self, bandwidth: float, flops: float, sparse: bool) -> float:
         """The least seconds a call can take on a device that moves `bandwidth` bytes/s and does `flops` flop/s."""

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from tests.passes.running import check, linears
 from vnm_compile.activations import ACTIVATIONS, activation_of
 from vnm_compile.format import pack
+from vnm_compile.layout import Layout
+from vnm_compile.ops import gated_linear
 from vnm_compile.spec import Spec
 
 
@@ -51,7 +53,7 @@ def test_over_the_range_of_a_float(entry):
 
     @torch.compile(backend="vnm")
     def run(x, *arrays):
-        return torch.ops.vnm.gated_linear(x, *arrays, *(1, 1, 4), 4 * width, width, entry.name)
+        return gated_linear(x, arrays, Layout(Spec(1, 1, 4), width, 4 * width), entry.name)
 
     x = torch.zeros(1, 4 * width)
     x[0, ::4] = values

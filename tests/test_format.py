@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from tests.support import random_sparse
 from vnm_compile import Spec, VNMError, detect, matches
-from vnm_compile.format import align_rows, pack, unpack, unpack_indices
+from vnm_compile.codegen.triton.prepack import AlignedRows
+from vnm_compile.format import pack, unpack, unpack_indices
+from vnm_compile.layout import Layout
 
 SPECS = st.builds(
     Spec,
@@ -41,8 +43,8 @@ def follows(weight: torch.Tensor, spec: Spec) -> bool:
 def test_round_trip_is_exact_and_small(spec, out, width, dtype, seed):
     weight = (random_sparse(out, width, spec, seed=seed) * 20).to(dtype)
     packed = pack(weight, spec)
-    assert torch.equal(unpack(packed, spec, out, width), weight)
-    assert packed.nbytes == spec.nbytes(out, width, dtype)
+    assert torch.equal(unpack(packed, Layout(spec, out, width)), weight)
+    assert packed.nbytes == Layout(spec, out, width).nbytes(dtype)
     rows, groups = spec.rows(out), spec.groups(width)
     assert packed.values.shape == (rows, groups * spec.n)
     assert packed.values.dtype == dtype
@@ -107,14 +109,14 @@ def test_negative_zero_is_zero():
     assert matches(signed, "16:2:8")
     packed = pack(signed, Spec(16, 2, 8))
     assert not bool((torch.signbit(packed.values) & (packed.values == 0)).any())
-    assert torch.equal(unpack(packed, Spec(16, 2, 8), 32, 32), weight)
+    assert torch.equal(unpack(packed, Layout(Spec(16, 2, 8), 32, 32)), weight)
 
 
 def test_nan_is_kept():
     weight = random_sparse(16, 16, "16:2:8")
     place = tuple(weight.nonzero()[0])
     weight[place] = torch.nan
-    back = unpack(pack(weight, Spec(16, 2, 8)), Spec(16, 2, 8), 16, 16)
+    back = unpack(pack(weight, Spec(16, 2, 8)), Layout(Spec(16, 2, 8), 16, 16))
     assert back[place].isnan()
 
 
@@ -174,9 +176,9 @@ def test_a_weight_is_a_matrix():
 def test_rows_are_aligned_where_they_are_not():
     spec = Spec.parse("16:2:5")
     packed = pack(random_sparse(32, 4096, spec, torch.bfloat16), spec)
-    aligned = align_rows(packed)
+    aligned = AlignedRows().prepare(packed)
     assert aligned.values is packed.values
     assert packed.metadata.stride(0) == 410
     assert aligned.metadata.stride(0) == 416
     assert torch.equal(aligned.metadata, packed.metadata)
-    assert torch.equal(unpack(aligned, spec, 32, 4096), unpack(packed, spec, 32, 4096))
+    assert torch.equal(unpack(aligned, Layout(spec, 32, 4096)), unpack(packed, Layout(spec, 32, 4096)))

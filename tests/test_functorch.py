@@ -15,9 +15,10 @@ from tests.passes.running import check, linears
 from tests.support import random_sparse
 from vnm_compile import ops
 from vnm_compile.format import pack
+from vnm_compile.layout import Layout
 
 SPEC = vnm.Spec(16, 2, 5)
-SIZES = (SPEC.v, SPEC.n, SPEC.m, 42, 33)
+TEXT = Layout(SPEC, 33, 42).text
 WEIGHT = random_sparse(33, 42, SPEC, torch.float64)
 
 
@@ -63,20 +64,20 @@ def test_a_compressed_weight(transform):
 
 def test_every_derivative_of_every_op():
     """Gradients of gradients and forward mode against finite differences, for activations and values."""
-    values, metadata, columns = pack(WEIGHT, SPEC)
+    values, *structure = pack(WEIGHT, SPEC)
     x, y = torch.randn(2, 42, dtype=torch.float64), torch.randn(2, 33, dtype=torch.float64)
     ops = torch.ops.vnm
     cases = [
-        (lambda a, b: ops.linear(a, b, metadata, columns, *SIZES), (x, values)),
-        (lambda a, b: ops.linear_input_grad(a, b, metadata, columns, *SIZES), (y, values)),
-        (lambda a, b: ops.linear_values_grad(a, b, metadata, columns, *SIZES), (y, x)),
+        (lambda a, b: ops.linear(a, b, structure, TEXT), (x, values)),
+        (lambda a, b: ops.linear_input_grad(a, b, structure, TEXT), (y, values)),
+        (lambda a, b: ops.linear_values_grad(a, b, structure, TEXT), (y, x)),
         (
             lambda a, b: ops.sections(a * b, [30, 60], [32, 64]),
             (torch.randn(2, 96).double(), torch.tensor(2.0).double()),
         ),
     ]
-    two = [torch.cat([array, array]) for array in (metadata, columns)]
-    cases.append((lambda a, b: ops.gated_linear(a, torch.cat([b, b]), *two, *SIZES, "silu"), (x, values)))
+    two = [torch.cat([array, array]) for array in structure]
+    cases.append((lambda a, b: ops.gated_linear(a, torch.cat([b, b]), two, TEXT, "silu"), (x, values)))
     for function, args in cases:
         args = tuple(arg.clone().requires_grad_() for arg in args)
         torch.autograd.gradcheck(function, args, check_forward_ad=True, fast_mode=True)
@@ -85,11 +86,10 @@ def test_every_derivative_of_every_op():
 
 def test_vmap_over_weights_and_over_every_op():
     packed = pack(WEIGHT, SPEC)
-    stacked = [torch.stack([array, array]) for array in packed]
+    values, *structure = [torch.stack([array, array]) for array in packed]
     x = torch.randn(2, 5, 42, dtype=torch.float64)
     run = torch.ops.vnm.linear
-    sizes = [None] * 5
-    batched = torch.vmap(run, (0, 0, 0, 0, *sizes))(x, *stacked, *SIZES)
+    batched = torch.vmap(run, (0, 0, [0, 0], None))(x, values, structure, TEXT)
     torch.testing.assert_close(batched, x @ WEIGHT.T)
     y = torch.randn(3, 2, 96)
     for one, other in zip(
@@ -148,5 +148,5 @@ def test_around_the_compiled_function(store):
 def test_flops_of_kept_values_are_counted():
     compressed, x = vnm.compress(random_sparse(32, 64, "16:2:8"), "16:2:8"), torch.randn(2, 5, 64, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        ops.linear(x, *compressed.packed, 16, 2, 8, 64, 32).sum().backward()
+        ops.linear(x, compressed.packed, compressed.layout_of_arrays).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 10 * 32 * 64 * 2 // 8)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 import vnm_compile as vnm
 from tests.support import assert_as_accurate_as_dense, make_sparse_, random_sparse
+from vnm_compile.layout import Layout
+from vnm_compile.ops import linear
 from vnm_compile.spec import Spec
 
 OPTIONS = {"vnm.policy": "memory"}
@@ -153,8 +155,7 @@ def test_packed_arrays_may_lie_anywhere(dtype):
     @torch.compile(backend="vnm", options=OPTIONS)
     def run(x, *a):
         sliced = [torch.cat([each, each])[each.shape[0] :] for each in a]
-        sizes = spec.v, spec.n, spec.m, in_features, out_features
-        return [torch.ops.vnm.linear(x, *each, *sizes) for each in (a, sliced)]
+        return [linear(x, each, Layout(spec, out_features, in_features)) for each in (a, sliced)]
 
     for tokens in (1, 3, 70):
         x = torch.randn(tokens, in_features).to(dtype)

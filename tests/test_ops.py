@@ -8,10 +8,12 @@ import torch
 from tests.support import random_sparse
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.format import pack
+from vnm_compile.layout import Layout
+from vnm_compile.ops import gated_linear, linear, weight_args
 from vnm_compile.spec import Spec
 
 SPEC = Spec(16, 2, 5)
-SIZES = (SPEC.v, SPEC.n, SPEC.m, 42, 33)
+LAYOUT = Layout(SPEC, 33, 42)
 
 
 def operands(dtype=torch.float64):
@@ -24,11 +26,12 @@ def test_opcheck():
     two = [torch.cat([array, array]) for array in packed]
     grad = torch.randn(2, 3, 33)
     ops = torch.ops.vnm
-    trained = (x.requires_grad_(), packed.values.requires_grad_(), packed.metadata, packed.columns, *SIZES)
-    torch.library.opcheck(ops.linear.default, trained)
-    torch.library.opcheck(ops.linear_input_grad.default, (grad, *(a.detach() for a in packed), *SIZES))
-    torch.library.opcheck(ops.linear_values_grad.default, (grad, x.detach(), packed.metadata, packed.columns, *SIZES))
-    torch.library.opcheck(ops.gated_linear.default, (x.detach(), *(a.detach() for a in two), *SIZES, "silu"))
+    weight, joined = weight_args(packed, LAYOUT), weight_args(two, LAYOUT)
+    torch.library.opcheck(ops.linear_input_grad.default, (grad, *weight))
+    torch.library.opcheck(ops.linear_values_grad.default, (grad, x, *weight[1:]))
+    torch.library.opcheck(ops.gated_linear.default, (x, *joined, "silu"))
+    x.requires_grad_(), packed.values.requires_grad_()
+    torch.library.opcheck(ops.linear.default, (x, *weight))
     torch.library.opcheck(ops.sections.default, (torch.randn(2, 96, requires_grad=True), [30, 60], [32, 64]))
 
 
@@ -36,7 +39,7 @@ def test_linear_and_its_gradients_equal_dense():
     weight, packed, x = operands()
     x.requires_grad_()
     values = packed.values.requires_grad_()
-    y = torch.ops.vnm.linear(x, values, packed.metadata, packed.columns, *SIZES)
+    y = linear(x, packed, LAYOUT)
     dense = weight.clone().requires_grad_()
     x2 = x.detach().clone().requires_grad_()
     y2 = torch.nn.functional.linear(x2, dense)
@@ -57,7 +60,7 @@ def test_linear_and_its_gradients_equal_dense():
 def test_any_number_of_leading_dimensions(shape):
     weight, packed, _ = operands()
     x = torch.randn(shape, dtype=torch.float64)
-    assert torch.equal(torch.ops.vnm.linear(x, *packed, *SIZES), torch.nn.functional.linear(x, weight))
+    assert torch.equal(linear(x, packed, LAYOUT), torch.nn.functional.linear(x, weight))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -65,7 +68,7 @@ def test_gated(name):
     weight, packed, x = operands()
     up = random_sparse(33, 42, SPEC, torch.float64, seed=1)
     joined = [torch.cat(pair) for pair in zip(packed, pack(up, SPEC), strict=True)]
-    y = torch.ops.vnm.gated_linear(x, *joined, *SIZES, name)
+    y = gated_linear(x, joined, LAYOUT, name)
     torch.testing.assert_close(y, ACTIVATIONS[name].eager(x @ weight.T) * (x @ up.T))
 
 
@@ -84,7 +87,7 @@ def test_sections_and_their_gradient():
 def test_autocast_casts_as_it_does_for_linear(dtype):
     weight, packed, x = operands(torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        y = torch.ops.vnm.linear(x, *packed, *SIZES)
+        y = linear(x, packed, LAYOUT)
         assert y.dtype == dtype
         assert torch.equal(y, torch.nn.functional.linear(x, weight))
 
@@ -92,4 +95,4 @@ def test_autocast_casts_as_it_does_for_linear(dtype):
 def test_dtypes_must_agree():
     _, packed, x = operands(torch.float32)
     with pytest.raises(Exception, match="must agree"):
-        torch.compile(lambda t: torch.ops.vnm.linear(t, *packed, *SIZES), backend="eager")(x.double())
+        torch.compile(lambda t: linear(t, packed, LAYOUT), backend="eager")(x.double())

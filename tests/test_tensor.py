@@ -609,3 +609,38 @@ def compressed_linear():
     layer = make_sparse_(nn.Linear(32, 32), "16:2:8", 1).requires_grad_(False)
     layer.weight = nn.Parameter(compress(layer.weight, "16:2:8"), requires_grad=False)
     return layer
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 32)], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_weight_that_multiplies_the_other_way_round_than_it_is_stored(shape, turned):
+    """Tied projections use one weight both ways; compressed, one of the two is unpacked."""
+    dense = random_sparse(*shape, "16:2:8")
+    weight = compress(dense, "16:2:8")
+    one, other = (weight.t(), dense.t()) if turned else (weight, dense)
+    x, y = torch.randn(3, shape[0]), torch.randn(3, shape[1])
+    if turned:
+        x, y = y, x
+
+    def products(w):
+        return lambda x, y: (
+            x @ w,
+            F.linear(y, w),
+            y @ w.t(),
+            torch.mm(x, w),
+            torch.addmm(torch.ones(x.shape), y, w.t()),
+        )
+
+    torch._dynamo.reset()
+    for ours, exact in zip(torch.compile(products(one), backend="vnm")(x, y), products(other)(x, y), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_a_weight_that_is_turned_round_between_calls():
+    dense = random_sparse(32, 32, "16:2:8")
+    holder = nn.ParameterList([nn.Parameter(compress(dense, "16:2:8"), requires_grad=False)])
+    torch._dynamo.reset()
+    run, x = torch.compile(lambda x: F.linear(x, holder[0]), backend="vnm"), torch.randn(3, 32)
+    torch.testing.assert_close(run(x), F.linear(x, dense))
+    holder[0].data = compress(dense, "16:2:8").t()
+    torch.testing.assert_close(run(x), F.linear(x, dense.t()))

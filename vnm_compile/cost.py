@@ -9,6 +9,7 @@ import sympy
 import torch
 
 from vnm_compile.hardware import machine_of
+from vnm_compile.layout import Layout
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 TOKENS = sympy.Symbol("T", positive=True)
@@ -60,7 +61,7 @@ class CostModel:
     @property
     def sparse_bytes(self) -> sympy.Expr:
         """Bytes that the sparse layer moves."""
-        return self.spec.nbytes(self.out_features, self.in_features, self.dtype) + self.activation_bytes
+        return Layout(self.spec, self.out_features, self.in_features).nbytes(self.dtype) + self.activation_bytes
 
     @property
     def dense_flops(self) -> sympy.Expr:

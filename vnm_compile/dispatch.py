@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vnm_compile.codegen.kernels  # noqa: F401 (says which kernels there are)
 from vnm_compile._torch import FakeTensor
+from vnm_compile.codegen.inductor import prepack_of
 from vnm_compile.contents import Place, Watch, contents, fingerprint_of, readable, version_of
 from vnm_compile.format import Packed
 from vnm_compile.passes import Decision, PackedInput
@@ -23,7 +25,7 @@ from vnm_compile.weights import PackStore
 
 log = logging.getLogger(__name__)
 
-store = PackStore()
+store = PackStore(prepack_of)
 """Shared by all compiled graphs: prefill and decode, or two token counts, use one copy of a weight."""
 
 _PATIENCE = 4  # packings in a row of which none was used twice, before the graph runs dense
@@ -45,7 +47,7 @@ class Variant:
 
 
 def packed_arrays(args: Sequence[Any], group: PackedInput) -> Packed:
-    """The three arrays of a packed input, for the weights among `args`."""
+    """The arrays of a packed input, for the weights among `args`."""
     return _arrays(args, group)[0]
 
 
@@ -53,7 +55,7 @@ def _arrays(args: Sequence[Any], group: PackedInput) -> tuple[Packed, tuple[Watc
     """The arrays of a packed input, and what has to stay as it is for them to be right."""
     weights = [args[i] for i in group.indices]
     if isinstance(weights[0], VNMTensor):  # never joined
-        kept = store.aligned(weights[0]) if weights[0].values.is_cuda else None
+        kept = store.prepared(weights[0])
         return (weights[0].packed, ()) if kept is None else (kept.packed, kept.watches)
     return store.get(weights, group.transposed, group.names, group.spec)
 
@@ -67,7 +69,7 @@ class _Binding:
         self._arrays: list[Tensor] = []
         self._direct: list[tuple[int, PackedInput]] = []  # compressed weights, whose arrays are taken at every call
         inputs: dict[int, Watch] = {}  # of dense weights that are packed, by their position
-        self._copied: list[tuple[int, Watch]] = []  # of compressed weights that are copied: a GPU aligns their rows
+        self._copied: list[tuple[int, Watch]] = []  # of compressed weights that are prepared for kernels
         for group in variant.packed:
             arrays, watches = _arrays(args, group)
             first = group.indices[0]
@@ -78,7 +80,7 @@ class _Binding:
             else:
                 self._direct.append((len(self._arrays), group))
                 # They hold their arrays themselves; this must not keep them alive.
-                arrays = Packed(*[torch.empty(0, device="cpu")] * 3)
+                arrays = arrays.remade(torch.empty(0, device="cpu") for _ in arrays)
             self._arrays += arrays
         self._storages = [contents.know(args[i]) for i in positions]
         self._positions, self._packed = tuple(positions), tuple(inputs)
@@ -107,7 +109,7 @@ class _Binding:
             return False
         if any(check.moved() for check in self._gpu_checks):
             return False
-        if self._direct and any(args[group.indices[0]].spec != group.spec for _, group in self._direct):
+        if self._direct and not all(_stored_alike(args[group.indices[0]], group) for _, group in self._direct):
             return False
         return not self._copied or self._copies_hold(args)
 
@@ -130,8 +132,14 @@ class _Binding:
             return self.call(*args, *self._arrays)
         arrays = list(self._arrays)
         for start, group in self._direct:
-            arrays[start : start + 3] = args[group.indices[0]].packed
+            packed = args[group.indices[0]].packed
+            arrays[start : start + len(packed)] = packed
         return self.call(*args, *arrays)
+
+
+def _stored_alike(weight: VNMTensor, group: PackedInput) -> bool:
+    """Whether a compressed weight follows the pattern, and lies the way round, that a graph was compiled for."""
+    return weight.spec == group.spec and weight._transposed == group.transposed[0]
 
 
 def _gpu_checks(watches: Sequence[Watch]) -> list[Any]:

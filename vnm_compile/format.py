@@ -16,21 +16,19 @@ Everything is vectorised; the loops below are over a handful of candidates, neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vnm_compile.errors import PatternViolation, UnsupportedWeight, at_layer
+from vnm_compile.layout import Layout
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 DETECTED_V = (256, 128, 64, 32, 16, 8, 1)
 DETECTED_M = range(4, 257)
 _SAMPLED_ROWS = 64
-
-
-_WIDEST_LOAD = 16  # bytes that a thread of a GPU loads at once
 
 
 class Packed(NamedTuple):
@@ -44,6 +42,10 @@ class Packed(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the three arrays."""
         return sum(array.numel() * array.element_size() for array in self)
+
+    def remade(self, arrays: Iterable[Tensor]) -> Packed:
+        """The same weight with other arrays, of the same names in the same order."""
+        return type(self)(*arrays)
 
 
 def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:
@@ -77,39 +79,20 @@ def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:
     )
 
 
-def align_rows(packed: Packed) -> Packed:
-    """The same arrays with every row of values and metadata at a multiple of 16 bytes, as GPUs load them.
-
-    Views of padded arrays where that is not so already: 64:2:5 has rows of 205 bytes of metadata at K = 4096. Views
-    that begin elsewhere in their memory than at a multiple of 16 bytes are copied.
-    """
-
-    def begins(array: Tensor) -> bool:
-        return array.storage_offset() * array.element_size() % _WIDEST_LOAD == 0
-
-    def align(array: Tensor) -> Tensor:
-        rows, width = array.shape
-        multiple = _WIDEST_LOAD // array.element_size()
-        if array.stride() == (width, 1) and width % multiple == 0 and begins(array):
-            return array
-        return array.new_zeros(rows, -(-width // multiple) * multiple)[:, :width].copy_(array)
-
-    columns = packed.columns
-    if not (columns.is_contiguous() and begins(columns)):
-        columns = columns.clone(memory_format=torch.contiguous_format)
-    return Packed(align(packed.values), align(packed.metadata), columns)
-
-
-def unpack(packed: Packed, spec: Spec, out_features: int, in_features: int) -> Tensor:
+def unpack(packed: Packed, layout: Layout) -> Tensor:
     """Return the dense weight `[O, K]` of canonical arrays, bit for bit what was packed (with -0.0 as 0.0)."""
-    values, _, columns = packed
-    rows, groups = spec.rows(out_features), spec.groups(in_features)
-    per_block = (rows // spec.v, spec.v, groups, spec.n)
-    chosen = unpack_indices(packed.metadata, groups * spec.n).reshape(per_block)
-    offsets = columns.long().unsqueeze(1).expand(-1, spec.v, -1, -1).gather(3, chosen.long())
-    dense = values.new_zeros(*per_block[:3], spec.m)
-    dense.scatter_(3, offsets, values.reshape(per_block))
-    return dense.view(rows, groups * spec.m)[:out_features, :in_features].contiguous()
+    offsets = kept_offsets(packed.metadata, packed.columns, layout)
+    dense = packed.values.new_zeros(*offsets.shape[:3], layout.spec.m)
+    dense.scatter_(3, offsets, packed.values.reshape(offsets.shape))
+    dense = dense.view(layout.rows, layout.groups * layout.spec.m)
+    return dense[: layout.out_features, : layout.in_features].contiguous()
+
+
+def kept_offsets(metadata: Tensor, columns: Tensor, layout: Layout) -> Tensor:
+    """The column of each kept value, counted from the start of its group: int64 `[R/V, V, G, N]`."""
+    spec, groups = layout.spec, layout.groups
+    chosen = unpack_indices(metadata, groups * spec.n).reshape(layout.rows // spec.v, spec.v, groups, spec.n)
+    return columns.long().unsqueeze(1).expand(-1, spec.v, -1, -1).gather(3, chosen.long())
 
 
 def unpack_indices(metadata: Tensor, count: int) -> Tensor:

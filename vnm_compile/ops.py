@@ -20,141 +20,117 @@ from torch.utils.flop_counter import register_flop_formula
 from vnm_compile._torch import OpOverload, autocast_excluded, autocast_key, below_autograd
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.derivatives import differentiates, register_derivatives
-from vnm_compile.format import Packed, unpack, unpack_indices
-from vnm_compile.spec import Spec
+from vnm_compile.format import Packed, kept_offsets, unpack
+from vnm_compile.layout import Layout
 
 _library = torch.library.Library("vnm", "DEF")
-_PACKED = "Tensor values, Tensor metadata, Tensor columns"
-_SIZES = "SymInt v, SymInt n, SymInt m, SymInt in_features, SymInt out_features"
-_library.define(f"linear(Tensor x, {_PACKED}, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(f"linear_input_grad(Tensor grad, {_PACKED}, {_SIZES}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
-    f"linear_values_grad(Tensor grad, Tensor x, Tensor metadata, Tensor columns, {_SIZES}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"gated_linear(Tensor x, {_PACKED}, {_SIZES}, str activation) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_library.define(
-    "sections(Tensor y, SymInt[] widths, SymInt[] strides) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
-)
+_WEIGHT = "Tensor values, Tensor[] structure, str layout"
+for _schema in (
+    f"linear(Tensor x, {_WEIGHT}) -> Tensor",
+    f"linear_input_grad(Tensor grad, {_WEIGHT}) -> Tensor",
+    "linear_values_grad(Tensor grad, Tensor x, Tensor[] structure, str layout) -> Tensor",
+    f"gated_linear(Tensor x, {_WEIGHT}, str activation) -> Tensor",
+    "sections(Tensor y, SymInt[] widths, SymInt[] strides) -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops = torch.ops.vnm
 
 
-def linear(
-    x: Tensor,
-    values: Tensor,
-    metadata: Tensor,
-    columns: Tensor,
-    v: int,
-    n: int,
-    m: int,
-    in_features: int,
-    out_features: int,
-) -> Tensor:
+def weight_args(arrays: Sequence[Any], layout: Layout) -> tuple[Any, list[Any], str]:
+    """The arrays of a weight, or their nodes in a graph, as the ops take them: `values`, `structure`, `layout`.
+
+    `values` is what the ops are differentiable in; `structure` holds the arrays that follow it in `layout.names`.
+    """
+    values, *structure = arrays
+    return values, structure, layout.text
+
+
+def linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout) -> Tensor:
     """Return `x @ W.T` for a packed weight W `[out_features, in_features]`; the op `vnm::linear`.
 
     Args:
-        x: `[..., in_features]`, the dtype of `values`.
-        values, metadata, columns: the canonical arrays (see `vnm_compile.format`). Rows may be further apart than they
-            are wide; on a GPU what lies between, up to a multiple of 16 bytes, must then be zeros.
-        v, n, m: the pattern.
-        in_features, out_features: size of the weight; the arrays are padded up to blocks.
+        x: `[..., in_features]`, the dtype of the values.
+        arrays: the canonical arrays (see `vnm_compile.format`). Rows may be further apart than they are wide; on a GPU
+            what lies between, up to a multiple of 16 bytes, must then be zeros.
+        layout: of W; the arrays are padded up to blocks.
 
     Returns:
         `[..., out_features]`, contiguous, the dtype of x. Under autocast that is its dtype, to which x and values are
         cast as those of F.linear are; a bias has to be cast to the dtype of the result before it is added.
     """
-    return _ops.linear.default(x, values, metadata, columns, v, n, m, in_features, out_features)
+    return _ops.linear.default(x, *weight_args(arrays, layout))
 
 
-def _linear(x, values, metadata, columns, v, n, m, in_features, out_features):
-    weight = unpack(Packed(values, metadata, columns), Spec(v, n, m), out_features, in_features)
-    return torch.nn.functional.linear(x, weight).contiguous()
+def _linear(x, values, structure, layout):
+    layout = Layout.parse(layout)
+    return torch.nn.functional.linear(x, unpack(Packed(values, *structure), layout)).contiguous()
 
 
-def _linear_shape(x, values, metadata, columns, v, n, m, in_features, out_features):
+def _linear_shape(x, values, structure, layout):
+    layout = Layout.parse(layout)
     torch._check(x.dim() >= 1, lambda: "vnm::linear: x needs at least one dimension")
     torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"vnm::linear: x is {list(x.shape)}; expected [..., {in_features}]",
+        x.shape[-1] == layout.in_features,
+        lambda: f"vnm::linear: x is {list(x.shape)}; expected [..., {layout.in_features}]",
     )
     torch._check(
         x.dtype == values.dtype,
         lambda: f"vnm::linear: x is {x.dtype}, the weight {values.dtype}; they must agree",
     )
-    return x.new_empty((*x.shape[:-1], out_features))
+    return x.new_empty((*x.shape[:-1], layout.out_features))
 
 
-def _linear_input_grad(grad, values, metadata, columns, v, n, m, in_features, out_features):
+def _linear_input_grad(grad, values, structure, layout):
     """`grad @ W`, the gradient of `vnm::linear` for x: `[..., out_features]` to `[..., in_features]`."""
-    weight = unpack(Packed(values, metadata, columns), Spec(v, n, m), out_features, in_features)
-    return torch.matmul(grad, weight).contiguous()
+    return torch.matmul(grad, unpack(Packed(values, *structure), Layout.parse(layout))).contiguous()
 
 
-def _linear_input_grad_shape(grad, values, metadata, columns, v, n, m, in_features, out_features):
-    return grad.new_empty((*grad.shape[:-1], in_features))
+def _linear_input_grad_shape(grad, values, structure, layout):
+    return grad.new_empty((*grad.shape[:-1], Layout.parse(layout).in_features))
 
 
-def _linear_values_grad(grad, x, metadata, columns, v, n, m, in_features, out_features):
+def _linear_values_grad(grad, x, structure, layout):
     """The gradient of `vnm::linear` for `values`: `grad.T @ x` at the kept places, `[R, G*N]`.
 
     Padding (rows past `out_features`, columns past `in_features`) gets zero.
     """
-    spec = Spec(v, n, m)
-    rows, groups = spec.rows(out_features), spec.groups(in_features)
-    dense = x.new_zeros(rows, groups * m)
-    dense[:out_features, :in_features] = grad.reshape(-1, out_features).T @ x.reshape(-1, in_features)
-    per_block = (rows // v, v, groups, n)
-    chosen = unpack_indices(metadata, groups * n).reshape(per_block)
-    offsets = columns.long().unsqueeze(1).expand(-1, v, -1, -1).gather(3, chosen.long())
-    return dense.view(*per_block[:3], m).gather(3, offsets).reshape(rows, groups * n)
+    layout = Layout.parse(layout)
+    dense = x.new_zeros(layout.rows, layout.groups * layout.spec.m)
+    product = grad.reshape(-1, layout.out_features).T @ x.reshape(-1, layout.in_features)
+    dense[: layout.out_features, : layout.in_features] = product
+    metadata, columns = structure
+    offsets = kept_offsets(metadata, columns, layout)
+    return dense.view(*offsets.shape[:3], layout.spec.m).gather(3, offsets).reshape(layout.shapes[0])
 
 
-def _linear_values_grad_shape(grad, x, metadata, columns, v, n, m, in_features, out_features):
-    spec = Spec(v, n, m)
-    return x.new_empty((spec.rows(out_features), spec.groups(in_features) * n))
+def _linear_values_grad_shape(grad, x, structure, layout):
+    return x.new_empty(Layout.parse(layout).shapes[0])
 
 
-def gated_linear(
-    x: Tensor,
-    values: Tensor,
-    metadata: Tensor,
-    columns: Tensor,
-    v: int,
-    n: int,
-    m: int,
-    in_features: int,
-    out_features: int,
-    activation: str,
-) -> Tensor:
+def gated_linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout, activation: str) -> Tensor:
     """Return `activation(x @ gate.T) * (x @ up.T)` for two packed weights of one size, stored one above the other.
 
     Args:
-        x: `[..., in_features]`, the dtype of `values`.
-        values, metadata, columns: the canonical arrays of gate, then those of up, joined along their first
-            dimension: `values` is `[2 R, G*N]` with R the padded rows of one of the two.
-        v, n, m: the pattern of both.
-        in_features, out_features: size of one of the two weights.
+        x: `[..., in_features]`, the dtype of the values.
+        arrays: the canonical arrays of gate, then those of up, joined along their first dimension: `values` is
+            `[2 R, G*N]` with R the padded rows of one of the two.
+        layout: of one of the two weights.
         activation: a name in `vnm_compile.activations`.
 
     Returns:
         `[..., out_features]`, contiguous, the dtype of x.
     """
-    sizes = (v, n, m, in_features, out_features)
-    return _ops.gated_linear.default(x, values, metadata, columns, *sizes, activation)
+    return _ops.gated_linear.default(x, *weight_args(arrays, layout), activation)
 
 
-def _gated_linear(x, values, metadata, columns, v, n, m, in_features, out_features, activation):
-    rows = values.shape[0] // 2
-    sizes = (v, n, m, in_features, out_features)
-    gate = _ops.linear.default(x, values[:rows], metadata[:rows], columns[: rows // v], *sizes)
-    up = _ops.linear.default(x, values[rows:], metadata[rows:], columns[rows // v :], *sizes)
+def _gated_linear(x, values, structure, layout, activation):
+    halves = [array.tensor_split(2) for array in (values, *structure)]
+    gate, up = (_ops.linear.default(x, first, rest, layout) for first, *rest in zip(*halves, strict=True))
     return ACTIVATIONS[activation].eager(gate) * up
 
 
-def _gated_linear_shape(x, values, metadata, columns, v, n, m, in_features, out_features, activation):
-    return x.new_empty((*x.shape[:-1], out_features))
+def _gated_linear_shape(x, values, structure, layout, activation):
+    return x.new_empty((*x.shape[:-1], Layout.parse(layout).out_features))
 
 
 def sections(y: Tensor, widths: Sequence[int], strides: Sequence[int]) -> list[Tensor]:
@@ -212,7 +188,7 @@ def _register_bilinear(op: Any, grads: Callable[..., tuple[Tensor, Tensor]]) -> 
 
     def backward(ctx, grad):
         _, first, second, *rest = ctx.needs_input_grad
-        return *grads(grad, *ctx.args, first, second), *[None] * len(rest)
+        return *grads(grad, *ctx.args, first=first, second=second), *[None] * len(rest)
 
     def forward_mode(ctx, one, other, *_):
         return _sum(_with(op, one, 0, ctx.args), _with(op, other, 1, ctx.args))
@@ -223,27 +199,24 @@ def _register_bilinear(op: Any, grads: Callable[..., tuple[Tensor, Tensor]]) -> 
     register_derivatives(_library, op.default, backward, forward_mode, needed)
 
 
-def _linear_grads(grad, x, values, metadata, columns, *rest):
-    *sizes, first, second = rest
+def _linear_grads(grad, x, values, *weight, first, second):
     return (
-        _ops.linear_input_grad.default(grad, values, metadata, columns, *sizes) if first else None,
-        _ops.linear_values_grad.default(grad, x, metadata, columns, *sizes) if second else None,
+        _ops.linear_input_grad.default(grad, values, *weight) if first else None,
+        _ops.linear_values_grad.default(grad, x, *weight) if second else None,
     )
 
 
-def _linear_input_grad_grads(grad, given, values, metadata, columns, *rest):
-    *sizes, first, second = rest
+def _linear_input_grad_grads(grad, given, values, *weight, first, second):
     return (
-        _ops.linear.default(grad, values, metadata, columns, *sizes) if first else None,
-        _ops.linear_values_grad.default(given, grad, metadata, columns, *sizes) if second else None,
+        _ops.linear.default(grad, values, *weight) if first else None,
+        _ops.linear_values_grad.default(given, grad, *weight) if second else None,
     )
 
 
-def _linear_values_grad_grads(grad, given, x, metadata, columns, *rest):
-    *sizes, first, second = rest
+def _linear_values_grad_grads(grad, given, x, *weight, first, second):
     return (
-        _ops.linear.default(x, grad, metadata, columns, *sizes) if first else None,
-        _ops.linear_input_grad.default(given, grad, metadata, columns, *sizes) if second else None,
+        _ops.linear.default(x, grad, *weight) if first else None,
+        _ops.linear_input_grad.default(given, grad, *weight) if second else None,
     )
 
 
@@ -283,16 +256,34 @@ def _register_vmap(op: Any, leading: int) -> None:
     """`leading`: how many of the first arguments may have any number of leading dimensions, the batch among them."""
 
     def vmap(info, in_dims, *args):
-        batched = [i for i, dim in enumerate(in_dims) if isinstance(dim, int)]
-        moved = [arg.movedim(dim, 0) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)]
-        if all(i < leading for i in batched):
+        moved = [_batch_first(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
+        batched = [_is_batched(dim) for dim in in_dims]
+        if not any(batched[leading:]):
             result = op.default(*moved)
         else:
-            each = [[a[j] if i in batched else a for i, a in enumerate(moved)] for j in range(info.batch_size)]
+            each = [[_at(arg, dim, j) for arg, dim in zip(moved, in_dims, strict=True)] for j in range(info.batch_size)]
             result = torch.stack([op.default(*row) for row in each])
         return result, [0] * len(result) if isinstance(result, list) else 0
 
     torch.library.register_vmap(op.default, vmap, lib=_library)
+
+
+def _is_batched(dim: Any) -> bool:
+    return any(map(_is_batched, dim)) if isinstance(dim, list | tuple) else isinstance(dim, int)
+
+
+def _batch_first(arg: Any, dim: Any) -> Any:
+    """An argument with its batch dimension, if it has one, in front; a list of tensors has one each."""
+    if isinstance(dim, list | tuple):
+        return [_batch_first(*each) for each in zip(arg, dim, strict=True)]
+    return arg.movedim(dim, 0) if isinstance(dim, int) else arg
+
+
+def _at(arg: Any, dim: Any, j: int) -> Any:
+    """Member `j` of a batch of such arguments."""
+    if isinstance(dim, list | tuple):
+        return [_at(*each, j) for each in zip(arg, dim, strict=True)]
+    return arg[j] if isinstance(dim, int) else arg
 
 
 for _op, _leading in (
@@ -340,15 +331,15 @@ def _tokens(shape: Sequence[int]) -> int:
 
 
 @register_flop_formula([_ops.linear, _ops.linear_input_grad])
-def _linear_flops(x_shape, values_shape, metadata_shape, columns_shape, v, n, m, in_features, out_features, **_):
-    return 2 * _tokens(x_shape) * out_features * values_shape[1]
+def _linear_flops(x_shape, values_shape, structure_shapes, layout, *_, **__):
+    return 2 * _tokens(x_shape) * Layout.parse(layout).out_features * values_shape[1]
 
 
 @register_flop_formula(_ops.linear_values_grad)
-def _values_grad_flops(grad_shape, x_shape, metadata_shape, columns_shape, v, n, m, in_features, out_features, **_):
-    return 2 * _tokens(x_shape) * out_features * Spec(v, n, m).groups(in_features) * n
+def _values_grad_flops(grad_shape, x_shape, structure_shapes, layout, **_):
+    return 2 * _tokens(x_shape) * Layout.parse(layout).out_features * Layout.parse(layout).shapes[0][1]
 
 
 @register_flop_formula(_ops.gated_linear)
-def _gated_flops(x_shape, values_shape, *arguments, **_):
-    return 2 * _linear_flops(x_shape, values_shape, *arguments[:-1])
+def _gated_flops(*arguments, **_):
+    return 2 * _linear_flops(*arguments[:-1])

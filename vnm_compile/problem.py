@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
 
@@ -20,6 +21,11 @@ class Problem(NamedTuple):
     spec: Spec
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight is stored."""
+        return Layout(self.spec, self.out_features, self.in_features)
 
     def measured(self) -> Problem:
         """The problem that is timed for this one: the number of tokens is the nearest power of two (in its logarithm),

@@ -86,22 +86,6 @@ class Spec:
         """Column groups of a weight of `in_features` columns: G. The last one may be a tail."""
         return -(-in_features // self.m)
 
-    def packed_shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of `values`, `metadata` and `columns` for a weight of this size."""
-        rows, groups = self.rows(out_features), self.groups(in_features)
-        return (
-            (rows, groups * self.n),
-            (rows, -(-groups * self.n // 4)),
-            (rows // self.v, groups, KEPT_COLUMNS),
-        )
-
-    def nbytes(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
-        """Bytes that a packed weight of this size and dtype takes: values, metadata and columns, nothing else."""
-        values, metadata, columns = (
-            torch.Size(shape).numel() for shape in self.packed_shapes(out_features, in_features)
-        )
-        return values * dtype.itemsize + metadata + columns * self.column_dtype.itemsize
-
     def log_mask_diversity(self, out_features: int, in_features: int) -> float:
         """Natural logarithm of the number of masks that the pattern allows on a weight of this size.
 

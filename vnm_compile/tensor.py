@@ -20,10 +20,9 @@ from torch import Tensor
 from vnm_compile._torch import FakeTensor
 from vnm_compile.errors import UnsupportedWeight, VNMError, at_layer
 from vnm_compile.format import Packed, pack, unpack
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 from vnm_compile.validation import VALUE_DTYPES, own_arrays, stores_otherwise
-
-_ARRAYS = ["values", "metadata", "columns"]
 
 Handler = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 _ops: list[Handler] = []
@@ -47,9 +46,7 @@ class _Stored(NamedTuple):
     """What a VNMTensor holds; never in a pickle, so whoever has one got it from a constructor below."""
 
     packed: Packed
-    spec: Spec
-    out_features: int
-    in_features: int
+    layout: Layout
     transposed: bool
 
 
@@ -97,23 +94,22 @@ class VNMTensor(Tensor):
             raise VNMError(f"not a compressed weight: pattern {spec!r:.100}, shape {shape!r:.100}.") from error
         if min(first, second) < 0 or type(transposed) is not bool:
             raise VNMError(f"not a compressed weight: shape {list(shape)}, transposed={transposed!r:.100}.")
-        out_features, in_features = (second, first) if transposed else (first, second)
-        packed = own_arrays(Packed(values, metadata, columns), spec, out_features, in_features)
-        return cls._wrap(packed, spec, (first, second), transposed)
+        layout = Layout(spec, second, first) if transposed else Layout(spec, first, second)
+        return cls._wrap(own_arrays(Packed(values, metadata, columns), layout), layout, transposed)
 
     @classmethod
     @torch.compiler.disable
-    def _wrap(cls, packed: Packed, spec: Spec, shape: Sequence[int], transposed: bool) -> VNMTensor:
+    def _wrap(cls, packed: Packed, layout: Layout, transposed: bool) -> VNMTensor:
         """Wrap arrays that are known to be right: derived from those of another weight, or just packed."""
-        out_features, in_features = reversed(shape) if transposed else shape
+        out_features, in_features = layout.out_features, layout.in_features
         weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            tuple(shape),
+            (in_features, out_features) if transposed else (out_features, in_features),
             strides=(1, in_features) if transposed else (in_features, 1),
             dtype=packed.values.dtype,
             device=packed.values.device,
         )
-        weight._stored = _Stored(Packed(*packed), spec, out_features, in_features, transposed)
+        weight._stored = _Stored(packed, layout, transposed)
         return weight
 
     @property
@@ -123,7 +119,7 @@ class VNMTensor(Tensor):
             return stored
         if type(stored) is not _Unchecked:
             raise VNMError("not a compressed weight: it holds no arrays (a damaged or foreign file?).")
-        self._take(VNMTensor(*stored.packed, stored.spec, self.shape, stored.transposed))
+        self._take(VNMTensor(*stored.packed, stored.layout.spec, self.shape, stored.transposed))
         return self._stored
 
     def _take(self, made: VNMTensor) -> None:
@@ -174,7 +170,12 @@ class VNMTensor(Tensor):
     @property
     def spec(self) -> Spec:
         """The pattern."""
-        return self._checked.spec
+        return self._checked.layout.spec
+
+    @property
+    def layout_of_arrays(self) -> Layout:
+        """How the weight is stored, whichever way round it is seen: `[out_features, in_features]`."""
+        return self._checked.layout
 
     @property
     def _transposed(self) -> bool:
@@ -183,12 +184,12 @@ class VNMTensor(Tensor):
     @property
     def out_features(self) -> int:
         """Rows of the weight."""
-        return self._checked.out_features
+        return self._checked.layout.out_features
 
     @property
     def in_features(self) -> int:
         """Columns of the weight."""
-        return self._checked.in_features
+        return self._checked.layout.in_features
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -202,7 +203,7 @@ class VNMTensor(Tensor):
 
     def _unpacked(self) -> Tensor:
         stored = self._checked
-        dense = unpack(stored.packed, stored.spec, stored.out_features, stored.in_features)
+        dense = unpack(stored.packed, stored.layout)
         return dense.t() if stored.transposed else dense
 
     def share_memory_(self) -> VNMTensor:  # type: ignore[override]
@@ -250,13 +251,16 @@ class VNMTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         stored = self._stored  # whatever it is, it is checked where it is read
-        spec, flags = stored.spec, (stored.transposed, self.requires_grad, bool(getattr(self, "_is_param", False)))
+        spec, flags = (
+            stored.layout.spec,
+            (stored.transposed, self.requires_grad, bool(getattr(self, "_is_param", False))),
+        )
         return _rebuild, (*stored.packed, (spec.v, spec.n, spec.m), tuple(self.shape), *flags)
 
     def __setstate__(self, state: Any) -> None:
         # Pickles from before `_rebuild` restored a bare tensor, then its attributes.
         state = state[0] if isinstance(state, tuple) else state
-        arrays = [state.get(name) for name in _ARRAYS] if isinstance(state, dict) else [None] * 3
+        arrays = [state.get(name) for name in Packed._fields] if isinstance(state, dict) else [None]
         if any(array is None for array in arrays):
             raise VNMError("not a compressed weight: its state holds no arrays (a damaged or foreign file?).")
         made = VNMTensor(*arrays, state.get("spec"), self.shape, state.get("_transposed", False))  # type: ignore[call-arg]
@@ -265,17 +269,17 @@ class VNMTensor(Tensor):
             self._is_param = True
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return _ARRAYS, (self.spec, tuple(self.shape), self._transposed)
+        return list(self.packed._fields), (self.layout_of_arrays, self._transposed)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> VNMTensor:
-        spec, shape, transposed = context
+        layout, transposed = context
         # What compiled code and tracing put together again: their arrays come from weights that were checked.
-        return cls._wrap(Packed(inner["values"], inner["metadata"], inner["columns"]), spec, shape, transposed)
+        return cls._wrap(Packed(*(inner[name] for name in layout.names)), layout, transposed)
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled code may depend on, for the AOTAutograd cache: the pattern and shape, never the values."""
-        return f"VNMTensor({self.spec}, {tuple(self.shape)}, {self.dtype}, transposed={self._transposed})"
+        return f"VNMTensor({self.layout_of_arrays}, {self.dtype}, transposed={self._transposed})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -328,7 +332,7 @@ def compress(weight: Tensor, spec: Spec | str, layer: str | None = None) -> VNMT
             )
     # Arrays made under inference_mode could not be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        return VNMTensor._wrap(pack(weight, spec, layer), spec, tuple(weight.shape), False)
+        return VNMTensor._wrap(pack(weight, spec, layer), Layout(spec, *weight.shape), False)
 
 
 def _rebuild(

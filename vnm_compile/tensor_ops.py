@@ -6,7 +6,7 @@ the dense weight, unpacked for that op alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vnm_compile._torch import tree_leaves, tree_map_only, without_torch_function
 from vnm_compile.errors import VNMError
-from vnm_compile.format import Packed
 from vnm_compile.ops import linear
 from vnm_compile.read_only import ReadOnly
 from vnm_compile.tensor import VNMTensor, compress, set_ops, write_refused
@@ -67,8 +66,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if isinstance(bias, VNMTensor) or (bias is not None and bias.dim() > 1):
         return NotImplemented
-    spec = weight.spec
-    y = linear(input, *weight.packed, spec.v, spec.n, spec.m, weight.in_features, weight.out_features)
+    y = linear(input, weight.packed, weight.layout_of_arrays)
     if bias is None:
         return y
     # Under autocast the bias takes the dtype of the result, as that of F.linear does.
@@ -142,8 +140,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 # Ops on the arrays themselves.
 
 
-def _rewrap(weight: VNMTensor, arrays: Sequence[Tensor]) -> VNMTensor:
-    return VNMTensor._wrap(Packed(*arrays), weight.spec, weight.shape, weight._transposed)
+def _rewrap(weight: VNMTensor, arrays: Iterable[Tensor]) -> VNMTensor:
+    return VNMTensor._wrap(weight.packed.remade(arrays), weight.layout_of_arrays, weight._transposed)
 
 
 def _each(func: Any, weight: VNMTensor, *args: Any, **kwargs: Any) -> VNMTensor:
@@ -163,8 +161,7 @@ def _to_copy(func: Any, weight: VNMTensor, **kwargs: Any) -> Any:
         return NotImplemented
     # Only the values have the weight's dtype; the integer arrays move along and keep theirs.
     moved = {key: value for key, value in kwargs.items() if key != "dtype"}
-    values, metadata, columns = weight.packed
-    return _rewrap(weight, [func(values, **kwargs), func(metadata, **moved), func(columns, **moved)])
+    return _rewrap(weight, [func(each, **(kwargs if each.is_floating_point() else moved)) for each in weight.packed])
 
 
 def _empty_like(func: Any, weight: VNMTensor, **kwargs: Any) -> Any:
@@ -186,7 +183,7 @@ def _transpose(func: Any, weight: VNMTensor, *dims: Any) -> Any:
         return NotImplemented
     if func is _aten.permute.default and order[0] % 2 == 0:
         return _each(_aten.alias.default, weight)
-    return VNMTensor._wrap(weight.packed, weight.spec, tuple(reversed(weight.shape)), not weight._transposed)
+    return VNMTensor._wrap(weight.packed, weight.layout_of_arrays, not weight._transposed)
 
 
 def _same(func: Any, weight: VNMTensor) -> VNMTensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vnm_compile._torch import FakeTensor
 from vnm_compile.errors import VNMError
 from vnm_compile.format import Packed
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,13 +30,12 @@ def stores_otherwise(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", ordinary[0]) not in ordinary
 
 
-def own_arrays(packed: Packed, spec: Spec, out_features: int, in_features: int) -> Packed:
+def own_arrays(packed: Packed, layout: Layout) -> Packed:
     """Check arrays from outside and return them as tensors that nobody else can resize, over the same memory.
 
     Args:
         packed: what are to be the canonical arrays (see `vnm_compile.format`).
-        spec: the pattern.
-        out_features, in_features: size of the weight.
+        layout: of the weight.
 
     Returns:
         The arrays, contiguous; copies where they were not. Contents are looked at where there are any (fake and meta
@@ -47,31 +47,30 @@ def own_arrays(packed: Packed, spec: Spec, out_features: int, in_features: int) 
     for name, array in zip(packed._fields, packed, strict=True):
         if type(array) not in _PLAIN or array.layout != torch.strided or array.is_quantized:
             raise _refused(f"its {name} are a {type(array).__name__}, not a plain tensor")
-    _check_form(packed, spec, out_features, in_features)
-    owned = Packed(*(_owned(name, array) for name, array in zip(packed._fields, packed, strict=True)))
+    _check_form(packed, layout)
+    owned = packed.remade(map(_owned, packed._fields, packed))
     if _storages_come_later():
         raise VNMError("a compressed weight cannot be read from torch's format before 1.6; save it with torch.save.")
     if not any(array.is_meta or isinstance(array, FakeTensor) for array in owned):
         with torch.no_grad():
-            _check_contents(owned, spec, out_features, in_features)
+            _check_contents(owned, layout)
     return owned
 
 
-def _check_form(packed: Packed, spec: Spec, out_features: int, in_features: int) -> None:
-    values, metadata, columns = packed
+def _check_form(packed: Packed, layout: Layout) -> None:
+    values = packed.values
     if values.dtype not in VALUE_DTYPES:
         raise _refused(f"its values are {values.dtype}; float32, bfloat16, float16 and float64 are handled")
-    for name, array, dtype in (("metadata", metadata, torch.uint8), ("columns", columns, spec.column_dtype)):
+    for name, array, dtype in zip(packed._fields, packed, layout.dtypes(values.dtype), strict=True):
         if array.dtype != dtype:
             raise _refused(f"its {name} are {array.dtype}, expected {dtype}")
         if array.device != values.device:
             raise _refused(f"its {name} are on {array.device}, its values on {values.device}")
-    shapes = spec.packed_shapes(out_features, in_features)
-    for name, array, shape in zip(packed._fields, packed, shapes, strict=True):
+    for name, array, shape in zip(packed._fields, packed, layout.shapes, strict=True):
         if tuple(array.shape) != shape:
             raise _refused(
                 f"its {name} have shape {list(array.shape)}, expected {list(shape)} for a weight "
-                f"[{out_features}, {in_features}] with pattern {spec}"
+                f"[{layout.out_features}, {layout.in_features}] with pattern {layout.spec}"
             )
 
 
@@ -97,8 +96,8 @@ def _storages_come_later() -> bool:
     return False
 
 
-def _check_contents(packed: Packed, spec: Spec, out_features: int, in_features: int) -> None:
-    values, metadata, columns = packed
+def _check_contents(packed: Packed, layout: Layout) -> None:
+    (values, metadata, columns), spec = packed, layout.spec
     if not columns.numel():
         return
     offsets = columns.int()
@@ -106,13 +105,12 @@ def _check_contents(packed: Packed, spec: Spec, out_features: int, in_features: 
         raise _refused(f"a column offset is {int(offsets.max())}, beyond the {spec.m} columns of a group")
     if not bool((offsets[..., 1:] > offsets[..., :-1]).all()):
         raise _refused("the column offsets of a block are not increasing")
-    if spec.n == 2 and not _increasing(metadata, spec.groups(in_features)):
+    if spec.n == 2 and not _increasing(metadata, layout.groups):
         raise _refused("the two indices of a group in its metadata are not increasing")
-    if bool((values[out_features:] != 0).any()):
-        raise _refused(f"rows past the {out_features} of the weight hold values")
-    real = in_features % spec.m
-    if real and not _tail_is_empty(packed, spec, real):
-        raise _refused(f"columns past the {in_features} of the weight hold values")
+    if bool((values[layout.out_features :] != 0).any()):
+        raise _refused(f"rows past the {layout.out_features} of the weight hold values")
+    if layout.tail and not _tail_is_empty(packed, spec, layout.tail):
+        raise _refused(f"columns past the {layout.in_features} of the weight hold values")
 
 
 def _increasing(metadata: Tensor, groups: int) -> bool:

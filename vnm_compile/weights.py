@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vnm_compile.contents import Content, Place, Watch, contents, on_real_values
-from vnm_compile.format import Packed, align_rows, detect, matches, pack
+from vnm_compile.format import Packed, detect, matches, pack
+from vnm_compile.prepack import Prepack
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 
@@ -66,14 +67,16 @@ _Key = tuple[tuple[Place, ...], tuple[bool, ...], Spec]
 class PackStore:
     """Packed arrays by the place of the weights they were made from; holds no weight alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, prepack_of: Callable[[str], Prepack] = lambda device: Prepack()) -> None:
+        """`prepack_of` tells what kernels want on a type of device."""
+        self._prepack_of = prepack_of
         self._entries: dict[_Key, Kept] = {}
         contents.on_death.append(self._bury)
 
     def get(self, weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Kept:
         """Return the arrays of dense weights, joined along the rows; packed again if one has changed.
 
-        On a GPU the rows are aligned (`format.align_rows`).
+        They are as the kernels of the device want them (`vnm_compile.prepack`).
 
         Args:
             weights: each `[out, in]`, or `[in, out]` where `transposed`.
@@ -83,17 +86,19 @@ class PackStore:
             VNMError: a weight breaks `spec`.
         """
 
-        def make() -> Packed:
-            packed = _pack(weights, transposed, names, spec)
-            return align_rows(packed) if packed.values.is_cuda else packed
+        return self._get(weights, tuple(transposed), spec, lambda: _pack(weights, transposed, names, spec))
 
-        return self._get(weights, tuple(transposed), spec, make)
+    def prepared(self, weight: VNMTensor) -> Kept | None:
+        """The arrays of a compressed weight as the kernels want them: its own where they are so already, else copies.
+        None where they are its own whatever they are like."""
+        if self._prepack_of(weight.device.type).canonical:
+            return None
+        return self._get(weight.packed, (weight._transposed,), weight.spec, lambda: weight.packed)
 
-    def aligned(self, weight: VNMTensor) -> Kept:
-        """The aligned arrays of a compressed weight on a GPU: its own where they are so already, else copies."""
-        return self._get(weight.packed, (weight._transposed,), weight.spec, lambda: align_rows(weight.packed))
-
-    def _get(self, sources: Sequence[Tensor], transposed: tuple[bool, ...], spec: Spec, make) -> Kept:  # type: ignore[no-untyped-def]
+    def _get(
+        self, sources: Sequence[Tensor], transposed: tuple[bool, ...], spec: Spec, make: Callable[[], Packed]
+    ) -> Kept:
+        prepack = self._prepack_of(sources[0].device.type)
         with contents.lock:
             for _ in range(_TRIES):
                 watches = tuple(map(contents.watch, sources))
@@ -102,13 +107,9 @@ class PackStore:
                 if kept is not None and _same_contents(kept.watches, watches):
                     return Kept(kept.packed, watches)
                 with on_real_values():
-                    packed = make()
-                    if kept is not None and packed.values.is_cuda and _same_form(kept.packed, packed):
-                        # Written into the arrays whose addresses CUDA graphs have recorded. Elsewhere another thread
-                        # may be reading the old ones.
-                        for old, new in zip(kept.packed, packed, strict=True):
-                            old.copy_(new)
-                        packed = kept.packed
+                    packed = prepack.prepare(make())
+                    if kept is not None:
+                        packed = prepack.renew(kept.packed, packed)
                 if all(contents.watch(source) is watch for source, watch in zip(sources, watches, strict=True)):
                     self._entries[key] = Kept(packed, watches)
                     return self._entries[key]
@@ -132,11 +133,4 @@ def _same_contents(one: Sequence[Watch], other: Sequence[Watch]) -> bool:
 def _pack(weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Packed:
     matrices = [w.t() if flip else w for w, flip in zip(weights, transposed, strict=True)]
     parts = [pack(matrix, spec, name) for matrix, name in zip(matrices, names, strict=True)]
-    return parts[0] if len(parts) == 1 else Packed(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _same_form(one: Packed, other: Packed) -> bool:
-    def form(array: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-        return array.shape, array.dtype, array.device
-
-    return all(form(a) == form(b) for a, b in zip(one, other, strict=True))
+    return parts[0] if len(parts) == 1 else parts[0].remade(map(torch.cat, zip(*parts, strict=True)))

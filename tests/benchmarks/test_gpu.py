@@ -52,7 +52,7 @@ def test_floors():
     # One token: bytes; the byte ratio of the format, activations aside.
     dense, sparse = (case.floor(4.8e12, 989e12, kind) for kind in (False, True))
     activations = 2 * (14336 + 4096)
-    stored = case.spec.nbytes(14336, 4096, torch.bfloat16)
+    stored = case.layout.nbytes(torch.bfloat16)
     assert dense / sparse == pytest.approx((2 * 14336 * 4096 + activations) / (stored + activations))
     assert 3.4 < dense / sparse < 3.6
     # Many: flops on the kept columns, M/4 fewer.

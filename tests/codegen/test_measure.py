@@ -19,6 +19,7 @@ import vnm_compile as vnm
 from tests.support import make_sparse_
 from vnm_compile.codegen import measure as measuring
 from vnm_compile.codegen import timings
+from vnm_compile.layout import Layout
 from vnm_compile.problem import Failure, Problem, Timing
 from vnm_compile.spec import Spec
 
@@ -90,7 +91,7 @@ def test_the_callers_state_neither_matters_nor_changes():
 @pytest.mark.parametrize("spec", ["64:2:8", "64:2:16", "16:2:4"])
 def test_as_many_bytes_of_both_weights(monkeypatch, size, device, spec):
     monkeypatch.setattr(measuring, "_MOST_COPIES", {"cpu": 2048, "cuda": 256})
-    sparse, dense = Spec.parse(spec).nbytes(*size, torch.bfloat16), size[0] * size[1] * 2
+    sparse, dense = Layout(Spec.parse(spec), *size).nbytes(torch.bfloat16), size[0] * size[1] * 2
     sparse_copies, dense_copies = measuring.copies(sparse, dense, device)
     assert max(sparse_copies, dense_copies) <= measuring._MOST_COPIES[device]
     assert abs(sparse_copies * sparse - dense_copies * dense) < max(sparse, dense)

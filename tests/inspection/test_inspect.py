@@ -15,6 +15,7 @@ import vnm_compile as vnm
 from tests.support import make_sparse_
 from vnm_compile.hardware import TARGETS
 from vnm_compile.inspection.kernel import TOKENS
+from vnm_compile.layout import Layout
 
 TENSOR_CORE = {
     "sm_80": "HMMA",
@@ -177,7 +178,7 @@ def test_symbolic_tokens():
     # Two flops for each of the four kept columns of a group, row and token.
     assert kernel.flops == 2 * TOKENS * 1024 * 4 * 64
     # The weight and the bias once, the activations a token, and what they are rounded up to.
-    stored = spec.nbytes(1024, 512, torch.bfloat16) + 2 * 1024
+    stored = Layout(spec, 1024, 512).nbytes(torch.bfloat16) + 2 * 1024
     assert kernel.bytes_moved.subs(TOKENS, 48) == stored + 48 * 2 * (512 + 1024)
     assert "ks0" in kernel.source
 

@@ -23,8 +23,10 @@ from torch import Tensor, fx
 
 from vnm_compile._torch import tracing, without_function_modes, without_modes
 from vnm_compile.codegen import timings
-from vnm_compile.codegen.inductor import compile_graph, has_lowering
-from vnm_compile.format import Packed, align_rows, unpack
+from vnm_compile.codegen.inductor import compile_graph, has_lowering, prepack_of
+from vnm_compile.codegen.random_arrays import random_packed
+from vnm_compile.format import unpack
+from vnm_compile.ops import linear
 from vnm_compile.problem import Failure, Problem, Timing
 
 log = logging.getLogger(__name__)
@@ -93,9 +95,9 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def _time(problem: Problem) -> Timing:
-    spec, device = problem.spec, problem.device
+    layout, device = problem.layout, problem.device
     packed = random_packed(problem)
-    weight = unpack(packed, spec, problem.out_features, problem.in_features)
+    weight = unpack(packed, layout)
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
@@ -104,16 +106,14 @@ def _time(problem: Problem) -> Timing:
     x, bias = drawn(problem.tokens, problem.in_features), drawn(problem.out_features)
 
     def sparse_graph(x: Any, bias: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        args = (x, values, metadata, columns, spec.v, spec.n, spec.m, problem.in_features, problem.out_features)
-        return torch.ops.vnm.linear(*args) + bias
+        return linear(x, (values, metadata, columns), layout) + bias
 
     def dense_graph(x: Any, bias: Any, weight: Any) -> Any:
         return torch.nn.functional.linear(x, weight, bias)
 
     sparse_copies, dense_copies = copies(nbytes(packed), nbytes([weight]), device.type)
-    sparse = [Packed(*(array.clone() for array in packed)) for _ in range(sparse_copies)]
-    if device.type == "cuda":
-        sparse = [align_rows(each) for each in sparse]
+    prepare = prepack_of(device.type).prepare
+    sparse = [prepare(packed.remade(array.clone() for array in packed)) for _ in range(sparse_copies)]
     dense = [weight.clone() for _ in range(dense_copies)]
     run_sparse = _compile(sparse_graph, [x, bias, *sparse[0]])
     run_dense = _compile(dense_graph, [x, bias, dense[0]])
@@ -191,21 +191,3 @@ def _replay(calls: list[Callable[[], Any]]) -> Callable[[], float]:
 def _compile(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
     gm = fx.symbolic_trace(function)
     return compile_graph(gm, inputs, {}, "measure")
-
-
-def random_packed(problem: Problem, seed: int = 0) -> Packed:
-    """Random canonical arrays for a problem: random kept columns, indices and values."""
-    spec, device = problem.spec, problem.device
-    generator = torch.Generator(device).manual_seed(seed)
-    values, metadata, columns = spec.packed_shapes(problem.out_features, problem.in_features)
-    drawn = torch.rand(*columns[:2], spec.m, generator=generator, device=device, dtype=torch.float32)
-    kept = drawn.topk(4, -1).indices.sort(-1).values
-    # The pairs of increasing 2-bit indices, two pairs a byte; with one value a group any index will do.
-    pairs = torch.tensor([0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110], dtype=torch.uint8, device=device)
-    if spec.n == 2:
-        low, high = (pairs[torch.randint(6, metadata, generator=generator, device=device)] for _ in range(2))
-        indices = low | high << 4
-    else:
-        indices = torch.randint(256, metadata, generator=generator, device=device, dtype=torch.uint8)
-    scaled = torch.randn(values, generator=generator, device=device, dtype=torch.float32) * problem.in_features**-0.5
-    return Packed(scaled.to(problem.dtype), indices, kept.to(spec.column_dtype))

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from vnm_compile.codegen.inductor import V, ir, template_name
-from vnm_compile.spec import KEPT_COLUMNS, Spec
+from vnm_compile.layout import Layout
+from vnm_compile.spec import KEPT_COLUMNS
 
 _LINEAR, _GATED = torch.ops.vnm.linear.default, torch.ops.vnm.gated_linear.default
 
@@ -201,11 +202,10 @@ def _flops(node: Any) -> int:
         return int(node.estimate_flops() or 0)
     if not (node.is_template() or node.is_extern()):
         return 0  # something fused, or a step that follows, such as the sum of partial results
-    _, _, _, _, v, n, m, in_features, out_features, *_ = sparse.args
-    spec = Spec(v, n, m)
-    kept = KEPT_COLUMNS if sparse.meta["val"].device.type != "cpu" else n
+    layout = Layout.parse(str(sparse.args[3]))
+    kept = KEPT_COLUMNS if sparse.meta["val"].device.type != "cpu" else layout.spec.n
     matrices = 2 if sparse.target is _GATED else 1
-    return 2 * _hint(_rows(sparse)) * matrices * spec.rows(out_features) * spec.groups(in_features) * kept
+    return 2 * _hint(_rows(sparse)) * matrices * layout.rows * layout.groups * kept
 
 
 def _rows(linear: fx.Node) -> Any:

@@ -19,6 +19,7 @@ from vnm_compile.explanation.layer import LayerReport
 from vnm_compile.format import matches, pack
 from vnm_compile.inventory import dense_weights
 from vnm_compile.layers import Layer, linear_layers, plain_name
+from vnm_compile.layout import Layout
 from vnm_compile.passes import Decision
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
@@ -154,7 +155,7 @@ def _weight_facts(
         out_features, in_features = shape  # type: ignore[misc]
         limit, crossover = _limits(device, out_features, in_features, spec, dtype, tokens or 1)  # type: ignore[arg-type]
         facts |= {"spec": str(spec), "density": spec.density, "limit": limit, "crossover": crossover}
-        facts["stored_bytes"] = spec.nbytes(out_features, in_features, dtype)  # type: ignore[arg-type]
+        facts["stored_bytes"] = Layout(spec, out_features, in_features).nbytes(dtype)  # type: ignore[arg-type]
     return facts
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 from vnm_compile.backend import Prepared, compile_prepared
 from vnm_compile.codegen.generate import WATCHED, Generated, GeneratedKernel, generate, watch_generated
+from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.codegen.virtual_device import device_target, virtual_device
 from vnm_compile.explanation.describe import describe_graphs
-from vnm_compile.format import Packed, align_rows
+from vnm_compile.format import Packed
 from vnm_compile.hardware import Target, find_target
 from vnm_compile.inspection.kernel import Kernel, LibraryCall
 from vnm_compile.inspection.kernel_report import KernelReport
@@ -96,8 +97,8 @@ def _as_traced(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 def _as_on_a_gpu(arrays: Sequence[Tensor]) -> Iterator[Tensor]:
     """The packed arrays in the layout that they would have there."""
-    for packed in zip(*[iter(arrays)] * 3, strict=True):
-        yield from align_rows(Packed(*packed))
+    for packed in zip(*[iter(arrays)] * len(Packed._fields), strict=True):
+        yield from AlignedRows().prepare(Packed(*packed))
 
 
 def _kernel(generated: GeneratedKernel, graph: int, target: Target | None) -> Kernel:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vnm_compile._torch import FakeTensor, is_traceable_wrapper_subclass
 from vnm_compile.annotate import Annotation
+from vnm_compile.layout import Layout
 from vnm_compile.options import Options
 from vnm_compile.passes.find import Site, hint
 from vnm_compile.problem import Failure, Measure, Problem, Timing
@@ -110,11 +111,13 @@ def _decide(
     if any(_share_memory(weight, inputs[i]) for i in site.written):
         return decide(None, "the graph writes to memory that its weight is a view of, after it would have been packed")
     if isinstance(weight, VNMTensor):
+        if weight._transposed != site.transposed:
+            return decide(None, "stored compressed the other way round than it multiplies here; it is unpacked")
         return decide(weight.spec, "stored compressed")
     spec, found = _pattern(site, weight, options, annotation)
     if spec is None:
         return decide(None, found)
-    if spec.nbytes(out_features, in_features, weight.dtype) >= weight.numel() * weight.element_size():
+    if Layout(spec, out_features, in_features).nbytes(weight.dtype) >= weight.numel() * weight.element_size():
         return decide(None, f"{found}, but packed it would be no smaller")
     if options.policy == "memory":
         return decide(spec, f"{found}, policy is memory")

@@ -12,35 +12,40 @@ from torch import fx
 
 from vnm_compile._torch import constant_source
 from vnm_compile.activations import activation_of
+from vnm_compile.layout import Layout
+from vnm_compile.ops import weight_args
 from vnm_compile.passes.forms import example, is_view, product_of
 from vnm_compile.passes.higher_order import with_graph
 from vnm_compile.passes.merge import Unit
 from vnm_compile.passes.plan import Decision
 from vnm_compile.spec import Spec
 
-ARRAYS = ("values", "metadata", "columns")
-
 
 @dataclass(frozen=True)
 class PackedInput:
-    """Three further inputs of a rewritten graph: the canonical arrays of one weight, or of several joined.
+    """Further inputs of a rewritten graph: the canonical arrays of one weight, or of several joined.
 
     Attributes:
         indices: positions of the dense weights among the graph's inputs; their arrays are joined along the rows.
         transposed: for each, whether it is stored `[in_features, out_features]`.
         names: for each, the layer's name.
-        spec: the pattern of all.
+        layout: of the whole; joined weights are padded to whole blocks each.
     """
 
     indices: tuple[int, ...]
     transposed: tuple[bool, ...]
     names: tuple[str, ...]
-    spec: Spec
+    layout: Layout
+
+    @property
+    def spec(self) -> Spec:
+        """The pattern of all."""
+        return self.layout.spec
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten copy of a graph, and the inputs that were appended to it, three arrays each."""
+    """A rewritten copy of a graph, and the inputs that were appended to it."""
 
     gm: fx.GraphModule
     packed: tuple[PackedInput, ...]
@@ -50,12 +55,12 @@ def rewrite(gm: fx.GraphModule, units: Sequence[Unit]) -> Rewritten:
     """Return a copy of `gm` in which every unit is one `vnm` op; `gm` is left as it is.
 
     The copy takes the inputs of `gm`, the dense weights among them (unused where compressed), then for each
-    `PackedInput` the values, metadata and columns. It never bakes a weight in: Dynamo shares one compiled graph
+    `PackedInput` its arrays (`Layout.names`). It never bakes a weight in: Dynamo shares one compiled graph
     between modules with the same code, and caches key inputs by their metadata only.
     """
     graph, new = _copy(gm)
     packed = tuple(_packed_input(unit) for unit in units)
-    arrays = _append_placeholders(graph, len(packed))
+    arrays = _append_placeholders(graph, packed)
     writer = _Writer(graph, new)
     for unit, its_arrays in zip(units, arrays, strict=True):
         writer.write(unit, its_arrays)
@@ -88,20 +93,23 @@ def _copy(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
 def _packed_input(unit: Unit) -> PackedInput:
     sites = [member.site for member in unit.members]
+    spec, (_, in_features) = _spec(unit.members[0]), unit.members[0].shape or (0, 0)
+    alone = len(unit.members) == 1
+    rows = _out_features(unit.members[0]) if alone else sum(spec.rows(_out_features(each)) for each in unit.members)
     return PackedInput(
         tuple(site.index for site in sites if site.index is not None),
         tuple(site.transposed for site in sites),
         tuple(member.name for member in unit.members),
-        _spec(unit.members[0]),
+        Layout(spec, rows, in_features),
     )
 
 
-def _append_placeholders(graph: fx.Graph, count: int) -> list[tuple[fx.Node, ...]]:
-    last = graph.find_nodes(op="placeholder")[-1] if count else None
+def _append_placeholders(graph: fx.Graph, packed: Sequence[PackedInput]) -> list[tuple[fx.Node, ...]]:
+    last = graph.find_nodes(op="placeholder")[-1] if packed else None
     appended = []
-    for i in range(count):
+    for i, group in enumerate(packed):
         nodes = []
-        for array in ARRAYS:
+        for array in group.layout.names:
             name = f"vnm_{i}_{array}"
             with graph.inserting_after(last):
                 last = graph.placeholder(name)
@@ -163,7 +171,8 @@ class _Writer:
     def linear_args(self, member: Decision, arrays: tuple[fx.Node, ...], out_features: int) -> tuple[Any, ...]:
         spec, (_, in_features) = _spec(member), member.shape or (0, 0)
         assert member.site.x is not None
-        return self.new[member.site.x], *arrays, spec.v, spec.n, spec.m, in_features, out_features
+        layout = Layout(spec, out_features, in_features)
+        return self.new[member.site.x], *weight_args(arrays, layout)
 
     def bias(self, member: Decision, y: fx.Node) -> fx.Node:
         """The bias in the dtype of the product `y`: under autocast torch casts it too, where `+` would promote."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vnm_compile.format import Packed, pack, unpack
 from vnm_compile.layers import Layer
+from vnm_compile.layout import Layout
 from vnm_compile.prune.calibration.hooks import hooked
 from vnm_compile.spec import Spec
 
@@ -72,7 +73,7 @@ class Pruned:
         """Rows, and the weights in them: `[rows, K]`."""
         in_features = self.layer.weight.shape[1]
         for rows, packed in self._parts:
-            yield rows, unpack(packed, self.spec, rows.stop - rows.start, in_features)
+            yield rows, unpack(packed, Layout(self.spec, rows.stop - rows.start, in_features))
 
     def weight(self) -> Tensor:
         """The whole weight, `[O, K]`."""

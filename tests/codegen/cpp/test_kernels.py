@@ -12,6 +12,8 @@ from torch._inductor.utils import run_and_get_code
 from tests.support import assert_as_accurate_as_dense, make_sparse_, random_sparse
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.format import pack
+from vnm_compile.layout import Layout
+from vnm_compile.ops import gated_linear, linear
 from vnm_compile.spec import Spec
 
 # The second count makes the tokens dynamic: one kernel serves all that follow.
@@ -52,7 +54,7 @@ def test_linear_is_as_accurate_as_dense(spec, out_features, in_features, dtype):
 
     @compiled
     def run(x, *arrays):
-        return torch.ops.vnm.linear(x, *arrays, spec.v, spec.n, spec.m, in_features, out_features)
+        return linear(x, arrays, Layout(spec, out_features, in_features))
 
     for tokens in TOKENS:
         x = torch.randn(tokens, in_features).to(dtype)
@@ -67,8 +69,8 @@ def test_other_instruction_sets(bits, dtype):
     for text, out_features, in_features in (("32:2:5", 100, 203), ("16:1:8", 40, 70)):
         spec = Spec.parse(text)
         weight, packed = operands(spec, out_features, in_features, dtype)
-        sizes = (spec.v, spec.n, spec.m, in_features, out_features)
-        run = compiled(lambda x, *a, sizes=sizes: torch.ops.vnm.linear(x, *a, *sizes), options={"cpp.simdlen": bits})
+        layout = Layout(spec, out_features, in_features)
+        run = compiled(lambda x, *a, layout=layout: linear(x, a, layout), options={"cpp.simdlen": bits})
         for tokens in (1, 3, 6, 33):
             x = torch.randn(tokens, in_features).to(dtype)
             reference = x.double() @ weight.double().T
@@ -83,7 +85,7 @@ def test_gated(name):
 
     @compiled
     def run(x, *arrays):
-        return torch.ops.vnm.gated_linear(x, *arrays, spec.v, spec.n, spec.m, 90, 50, name)
+        return gated_linear(x, arrays, Layout(spec, 50, 90), name)
 
     for tokens in (1, 4, 7, 40, 70):
         x = torch.randn(tokens, 90)
@@ -105,7 +107,7 @@ def test_bias_activation_scale_and_residual_are_one_kernel():
     bias, x, residual = torch.randn(100), torch.randn(2, 20, 200), torch.randn(2, 20, 100)
 
     def run(x, residual, *arrays):
-        y = torch.ops.vnm.linear(x, *arrays, spec.v, spec.n, spec.m, 200, 100)
+        y = linear(x, arrays, Layout(spec, 100, 200))
         return nn.functional.gelu(y + bias) * 2 + residual
 
     result, count = kernels(run, x, residual, *packed)
@@ -120,7 +122,7 @@ def test_a_cast_in_the_epilogue(dtype):
     x = torch.randn(9, 64).to(dtype)
 
     def run(x, *arrays):
-        return torch.relu(torch.ops.vnm.linear(x, *arrays, spec.v, spec.n, spec.m, 64, 48)).float() + 1
+        return torch.relu(linear(x, arrays, Layout(spec, 48, 64))).float() + 1
 
     result, count = kernels(run, x, *packed)
     expected = torch.relu(x.double() @ weight.double().T) + 1
@@ -134,7 +136,7 @@ def test_the_bare_product_may_be_read_too():
     x = torch.randn(9, 64)
 
     def run(x, *arrays):
-        y = torch.ops.vnm.linear(x, *arrays, spec.v, spec.n, spec.m, 64, 48)
+        y = linear(x, arrays, Layout(spec, 48, 64))
         return y, nn.functional.silu(y)
 
     (bare, activated), _ = kernels(run, x, *packed)
@@ -148,9 +150,9 @@ def test_infinite_activations_stay_where_they_are():
     _, packed = operands(spec, 40, 43, torch.float32)
     for tokens in (2, 9):
         x = torch.randn(tokens, 43)
-        expected = torch.ops.vnm.linear(x, *packed, 16, 2, 5, 43, 40)
+        expected = linear(x, packed, Layout(Spec(16, 2, 5), 40, 43))
         x[1] = torch.inf
-        result = compiled(lambda x, *a: torch.ops.vnm.linear(x, *a, 16, 2, 5, 43, 40))(x, *packed)
+        result = compiled(lambda x, *a: linear(x, a, Layout(Spec(16, 2, 5), 40, 43)))(x, *packed)
         others = [i for i in range(tokens) if i != 1]
         torch.testing.assert_close(result[others], expected[others], atol=1e-5, rtol=1e-5)
 
@@ -158,7 +160,7 @@ def test_infinite_activations_stay_where_they_are():
 def test_results_repeat_bit_for_bit():
     spec = Spec(64, 2, 8)
     _, packed = operands(spec, 256, 256, torch.float32)
-    run = compiled(lambda x, *a: torch.ops.vnm.linear(x, *a, 64, 2, 8, 256, 256))
+    run = compiled(lambda x, *a: linear(x, a, Layout(Spec(64, 2, 8), 256, 256)))
     for tokens in (1, 40):
         x = torch.randn(tokens, 256)
         first = run(x, *packed)

@@ -11,8 +11,10 @@ from torch import Tensor
 from tests.codegen.triton.interpreter import Interpreter
 from tests.support import assert_as_accurate_as_dense
 from vnm_compile.codegen.generate import Generated
-from vnm_compile.codegen.measure import random_packed
+from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import Packed, unpack
+from vnm_compile.layout import Layout
+from vnm_compile.ops import linear
 from vnm_compile.problem import Problem
 from vnm_compile.spec import Spec
 
@@ -37,11 +39,11 @@ def case(
     pattern = Spec.parse(spec)
     packed = arrays(out_features, in_features, pattern, dtype)
     x = torch.randn(1, tokens, in_features).to(dtype)
-    return pattern, x, packed, unpack(packed, pattern, out_features, in_features)
+    return pattern, x, packed, unpack(packed, Layout(pattern, out_features, in_features))
 
 
 def plain(spec: Spec, out_features: int, in_features: int) -> Callable[..., Any]:
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return torch.ops.vnm.linear(x, values, metadata, columns, spec.v, spec.n, spec.m, in_features, out_features)
+        return linear(x, (values, metadata, columns), Layout(spec, out_features, in_features))
 
     return graph

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from tests.codegen.triton.cases import case, plain
 from tests.support import assert_as_accurate_as_dense
 from vnm_compile.codegen.generate import Generated, GeneratedKernel, generate
+from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.codegen.virtual_device import virtual_device
-from vnm_compile.format import Packed, align_rows
+from vnm_compile.format import Packed
 from vnm_compile.hardware import find_target
 from vnm_compile.inspection.machine_code import MachineCode, compile_kernel
 from vnm_compile.spec import Spec
@@ -118,7 +119,7 @@ def test_packed_arrays_that_are_views(interpreter, spec, move):
     assert len(generated.kernels) > 2, "the arrays are copied"
     (output,) = interpreter.run(generated.wrapper, [x, *views])
     assert_as_accurate_as_dense(output, F.linear(x, weight), F.linear(x.double(), weight.double()))
-    aligned = align_rows(views)
+    aligned = AlignedRows().prepare(views)
     assert all(array.storage_offset() == 0 for array in aligned)
     assert len(generate(plain(pattern, 40, 600), [x, *aligned], "sm_90", static=(1, 2, 3)).kernels) == 2
 

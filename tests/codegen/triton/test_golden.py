@@ -20,6 +20,8 @@ from vnm_compile.format import unpack
 from vnm_compile.hardware import find_target
 from vnm_compile.inspection.assembly import count_instructions
 from vnm_compile.inspection.machine_code import compile_kernel
+from vnm_compile.layout import Layout
+from vnm_compile.ops import weight_args
 from vnm_compile.spec import Spec
 
 
@@ -74,7 +76,7 @@ def multiply(name: str, spec: Spec, out_features: int, in_features: int) -> Call
     rest = ("silu",) if name == "gated_linear" else ()
 
     def call(x: Any, packed: Any) -> Any:
-        return op(x, *packed, spec.v, spec.n, spec.m, in_features, out_features, *rest)
+        return op(x, *weight_args(packed, Layout(spec, out_features, in_features)), *rest)
 
     return call
 
@@ -99,7 +101,7 @@ def test_linear(golden, interpreter, each):
 def test_gated(golden, interpreter):
     spec, x, gate, gate_weight = case("64:2:8", 48, 128, 256, torch.bfloat16)
     up = arrays(128, 256, spec, torch.bfloat16, seed=1)
-    weights = gate_weight, unpack(up, spec, 128, 256)
+    weights = gate_weight, unpack(up, Layout(spec, 128, 256))
     both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
     gated = multiply("gated_linear", spec, 128, 256)
 

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from tests.codegen.triton.cases import arrays, case, expect, plain
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import generate
-from vnm_compile.format import align_rows, unpack
+from vnm_compile.codegen.triton.prepack import AlignedRows
+from vnm_compile.format import unpack
+from vnm_compile.layout import Layout
+from vnm_compile.ops import gated_linear
 
 SHAPES = [  # tokens, out_features, in_features: tails everywhere
     (1, 128, 128),
@@ -120,11 +123,11 @@ def test_prologue_and_epilogue_are_fused_and_right(interpreter, spec, tokens, dt
 def test_gated(interpreter, activation, tokens):
     pattern, x, gate, gate_weight = case("32:2:8", tokens, 72, 132, torch.bfloat16)
     up = arrays(72, 132, pattern, torch.bfloat16, seed=1)
-    up_weight = unpack(up, pattern, 72, 132)
+    up_weight = unpack(up, Layout(pattern, 72, 132))
     both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return torch.ops.vnm.gated_linear(x, values, metadata, columns, 32, 2, 8, 132, 72, activation)
+        return gated_linear(x, (values, metadata, columns), Layout(pattern, 72, 132), activation)
 
     generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
     act = ACTIVATIONS[activation].eager
@@ -158,11 +161,11 @@ def test_split_sums_of_a_gated_pair(interpreter, activation):
     both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return torch.ops.vnm.gated_linear(x, values, metadata, columns, 64, 2, 8, 2048, 100, activation)
+        return gated_linear(x, (values, metadata, columns), Layout(pattern, 100, 2048), activation)
 
     generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
     assert any("SPLITS : tl.constexpr = 4" in kernel.source for kernel in generated.kernels)
-    weights = gate_weight, unpack(up, pattern, 100, 2048)
+    weights = gate_weight, unpack(up, Layout(pattern, 100, 2048))
     dense, exact = (
         ACTIVATIONS[activation].eager(F.linear(x.to(kind), weights[0].to(kind)))
         * F.linear(x.to(kind), weights[1].to(kind))
@@ -198,9 +201,9 @@ def test_blocks_of_few_rows_run_the_reference(interpreter):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("spec", ["32:2:5", "32:1:5"])
 def test_zeros_between_aligned_rows_are_read(interpreter, spec, dtype):
-    """The last load of a row is whole: what it brings too much is the zeros that `align_rows` put there."""
+    """The last load of a row is whole: what it brings too much is the zeros that `AlignedRows` put there."""
     pattern, x, packed, weight = case(spec, 9, 64, 165, dtype)  # 33 groups
-    packed = align_rows(packed)
+    packed = AlignedRows().prepare(packed)
     assert packed.metadata.stride(0) % 16 == 0
     generated = generate(plain(pattern, 64, 165), [x, *packed], "sm_90", static=(1, 2, 3))
     expect(interpreter, generated, [x, *packed], F.linear(x, weight), F.linear(x.double(), weight.double()))

@@ -24,7 +24,7 @@ from vnm_compile.codegen.inductor import (
     store_copy,
     view_in_2d,
 )
-from vnm_compile.spec import Spec
+from vnm_compile.layout import Layout
 
 _FOLDER = Path(__file__).parent
 
@@ -57,16 +57,13 @@ class SparseLinearTemplate(FusingTemplate):
     def __init__(
         self,
         input_nodes: list[Any],
-        layout: Any,
-        spec: Spec,
-        in_features: int,
-        out_features: int,
+        result: Any,
+        layout: Layout,
         num_threads: int,
         activation: str | None = None,
     ) -> None:
-        super().__init__("vnm_gated_linear" if activation else "vnm_linear", input_nodes, layout, num_threads)
-        self.spec = spec
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__("vnm_gated_linear" if activation else "vnm_linear", input_nodes, result, num_threads)
+        self.weight = layout
         self.activation = activation
 
     def render(  # type: ignore[override]
@@ -114,10 +111,10 @@ class SparseLinearTemplate(FusingTemplate):
                 aliases={alias: target.get_name() for alias in sorted(aliases)},
                 epilogue_nodes=epilogues,
                 reindexers=reindexers,
-                spec=self.spec,
-                in_features=self.in_features,
-                out_features=self.out_features,
-                most_rows=min(self.spec.v, _most_rows()),
+                spec=self.weight.spec,
+                in_features=self.weight.in_features,
+                out_features=self.weight.out_features,
+                most_rows=min(self.weight.spec.v, _most_rows()),
                 num_threads=self.num_threads,
                 gated=self.activation is not None,
                 activation=ACTIVATIONS[self.activation].cpp if self.activation else None,

@@ -36,11 +36,12 @@ from vnm_compile.codegen.inductor.nodes import (
     size_hint,
     tunes_exhaustively,
 )
-from vnm_compile.codegen.inductor.registry import has_lowering
+from vnm_compile.codegen.inductor.registry import Kernels, has_lowering, prepack_of, register_kernels
 
 __all__ = [
     "CppTemplateKernel",
     "FusingTemplate",
+    "Kernels",
     "TritonTemplate",
     "V",
     "apply",
@@ -65,8 +66,10 @@ __all__ = [
     "local_buffer",
     "matrix_layout",
     "mode_options",
+    "prepack_of",
     "readable",
     "realized",
+    "register_kernels",
     "reindexer",
     "reshape",
     "round_up",

@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch._inductor import config as inductor_config
 from torch._inductor import lowering
-from torch._inductor.virtualized import V
 
 from vnm_compile import ops  # noqa: F401  (defines the ops that are lowered below)
 from vnm_compile.codegen.inductor import sections  # noqa: F401  (registers its lowering)
 from vnm_compile.codegen.inductor.cache_key import CacheKey
+from vnm_compile.layout import Layout
+from vnm_compile.prepack import Prepack
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What there is for one type of device.
+
+    Attributes:
+        linear, gated_linear: lowerings, of nodes for `x`, the arrays as a list, the layout (and the activation); each
+            returns a node, or None for a case that it does not handle.
+        prepack: what they want the arrays to be like.
+    """
+
+    linear: Callable[..., Any]
+    gated_linear: Callable[..., Any]
+    prepack: Prepack
+
+
+_kernels: dict[str, Kernels] = {}
+
+
+def register_kernels(device: str, kernels: Kernels) -> None:
+    """Say how the `vnm` ops are lowered on a type of device."""
+    _kernels[device] = kernels
+
+
+def has_lowering(device: str) -> bool:
+    """Whether there are sparse kernels for a type of device."""
+    return device in _kernels
+
+
+def prepack_of(device: str) -> Prepack:
+    """What packed arrays have to be like on a type of device; canonical where there are no kernels."""
+    return _kernels[device].prepack if device in _kernels else Prepack()
 
 
 def _register(op: torch._ops.OpOverload, name: str) -> None:
-    """Lower `op` to the function `name` of the lowering module that fits the device of its first argument."""
+    """Lower `op` to the kernel `name` of the device of its first argument."""
 
     @lowering.register_lowering(op, type_promotion_kind=None)
-    def lower(x, *args):  # type: ignore[no-untyped-def]
-        ours = _device_lowering(x.get_device().type, name) if _ours_is_compiling() else None
-        # Sizes of a weight are made static here where dynamic=True has made them symbols.
-        static = [V.graph.sizevars.guard_int(arg) if isinstance(arg, sympy.Expr) else arg for arg in args]
-        result = ours(x, *static) if ours else None
-        return lowering.fallback_handler(op, add_to_fallback_set=False)(x, *args) if result is None else result
-
-
-_LOWERINGS = {"cpu": "vnm_compile.codegen.cpp.lowering", "cuda": "vnm_compile.codegen.triton.lowering"}
-"""The module with the lowerings of a device type."""
+    def lower(x, values, structure, layout, *rest):  # type: ignore[no-untyped-def]
+        kernels = _kernels.get(x.get_device().type) if _ours_is_compiling() else None
+        ours = getattr(kernels, name) if kernels is not None else None
+        result = ours(x, [values, *structure], Layout.parse(layout), *rest) if ours else None
+        if result is None:
+            return lowering.fallback_handler(op, add_to_fallback_set=False)(x, values, structure, layout, *rest)
+        return result
 
 
 def _ours_is_compiling() -> bool:
@@ -40,18 +70,6 @@ def _ours_is_compiling() -> bool:
     not name our sources, and answer a later version of the package with them; so there the reference runs.
     """
     return isinstance(inductor_config.post_grad_custom_post_pass, CacheKey)
-
-
-def has_lowering(device: str) -> bool:
-    """Whether `vnm::linear` is lowered to a sparse kernel on this device type."""
-    return _device_lowering(device, "linear") is not None
-
-
-def _device_lowering(device: str, name: str) -> Callable[..., Any] | None:
-    """The lowering of a device type; it may answer None for a case that it does not handle."""
-    # Imported when first used: the templates import this module for the classes they are built from.
-    module = _LOWERINGS.get(device)
-    return getattr(importlib.import_module(module), name, None) if module else None
 
 
 _register(torch.ops.vnm.linear.default, "linear")

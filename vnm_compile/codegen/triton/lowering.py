@@ -29,13 +29,14 @@ from vnm_compile.codegen.inductor import (
     size_hint,
     tunes_exhaustively,
 )
-from vnm_compile.codegen.measure import random_packed
+from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.codegen.triton.configs import Config, Shape, configurations, largest_block
+from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
 from vnm_compile.codegen.triton.templates import gated_template, linear_template
 from vnm_compile.codegen.virtual_device import device_target
 from vnm_compile.hardware import Target, allows_tf32
+from vnm_compile.layout import Layout
 from vnm_compile.problem import Problem
-from vnm_compile.spec import Spec
 
 log = logging.getLogger(__name__)
 
@@ -46,67 +47,47 @@ _FEWEST_ROWS = 16  # of a tensor core's tile
 _MEASURED = 4  # configurations, where the user has not asked for more
 _MEASURED_EXHAUSTIVELY = 24
 _PROGRAM_GROUP = 8  # tiles of tokens that run side by side
-_ALIGNMENT = 16  # bytes of the widest load
 
 
-def linear(
-    x: Any, values: Any, metadata: Any, columns: Any, v: int, n: int, m: int, in_features: int, out_features: int
-) -> Any:
+def linear(x: Any, arrays: list[Any], layout: Layout) -> Any:
     """`vnm::linear` as one Triton kernel, or, where a single pass leaves the device idle, partial sums and their sum.
 
     None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, for a single
     output feature, and where there are no tokens.
     """
-    spec = Spec(v, n, m)
-    if not _supported(x, values, spec, out_features):
+    if not _supported(x, arrays, layout):
         return None
     *leading, _ = x.get_size()
-    problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
-    result = problem.linear()
-    return None if result is None else reshape(result, [*leading, out_features])
+    result = _Sparse(x, arrays, layout).linear()
+    return None if result is None else reshape(result, [*leading, layout.out_features])
 
 
-def gated_linear(
-    x: Any,
-    values: Any,
-    metadata: Any,
-    columns: Any,
-    v: int,
-    n: int,
-    m: int,
-    in_features: int,
-    out_features: int,
-    activation: str,
-) -> Any:
+def gated_linear(x: Any, arrays: list[Any], layout: Layout, activation: str) -> Any:
     """`vnm::gated_linear` as one Triton kernel, or partial sums of both and what is made of them; None as `linear`."""
-    spec = Spec(v, n, m)
-    if not _supported(x, values, spec, out_features):
+    if not _supported(x, arrays, layout):
         return None
     *leading, _ = x.get_size()
-    problem = _Sparse(x, (values, metadata, columns), spec, in_features, out_features, spec.rows(out_features))
-    result = problem.gated(activation)
-    return None if result is None else reshape(result, [*leading, out_features])
+    result = _Sparse(x, arrays, layout).gated(activation)
+    return None if result is None else reshape(result, [*leading, layout.out_features])
 
 
-def _supported(x: Any, values: Any, spec: Spec, out_features: int) -> bool:
-    same = x.get_dtype() in _DTYPES and values.get_dtype() == x.get_dtype()
+def _supported(x: Any, arrays: list[Any], layout: Layout) -> bool:
+    same = x.get_dtype() in _DTYPES and arrays[0].get_dtype() == x.get_dtype()
     # Inductor stores to a tensor of one element without a mask, and a tile's other elements would overwrite it.
-    return same and largest_block(spec) >= _FEWEST_ROWS and out_features > 1 and 0 not in x.get_size()
+    return same and largest_block(layout.spec) >= _FEWEST_ROWS and layout.out_features > 1 and 0 not in x.get_size()
 
 
 class _Sparse:
     """One multiplication that is being lowered."""
 
-    def __init__(
-        self, x: Any, arrays: tuple[Any, Any, Any], spec: Spec, in_features: int, out_features: int, rows: int
-    ) -> None:
-        self.spec, self.in_features, self.out_features, self.rows = spec, in_features, out_features, rows
+    def __init__(self, x: Any, arrays: list[Any], layout: Layout) -> None:
+        self.layout, self.spec = layout, layout.spec
         self.dtype = x.get_dtype()
         self.target: Target = device_target(x.get_device())
         self.x = _k_major(x)
-        values, metadata = (rows_in_place(array, _ALIGNMENT, padded=True) for array in arrays[:2])
+        values, metadata = (rows_in_place(array, WIDEST_LOAD, padded=True) for array in arrays[:2])
         # Metadata is read two bytes at a time where a quad of groups has as many.
-        self.arrays = (values, _rows_apart(metadata, spec.n), rows_in_place(arrays[2], _ALIGNMENT))
+        self.arrays = (values, _rows_apart(metadata, self.spec.n), rows_in_place(arrays[2], WIDEST_LOAD))
         self.tokens = self.x.get_size()[0]
 
     def linear(self) -> Any:
@@ -115,8 +96,8 @@ class _Sparse:
         if not ranked:
             return None
         if ranked[0].splits == 1:
-            return self._call(linear_template(), ranked, self.out_features)
-        return self._cast(self._sums(ranked, self.out_features))
+            return self._call(linear_template(), ranked, self.layout.out_features)
+        return self._cast(self._sums(ranked, self.layout.out_features))
 
     def gated(self, activation: str) -> Any:
         """Node of the gated product, `[tokens, out_features]`; None as in `linear`."""
@@ -124,11 +105,11 @@ class _Sparse:
         if not ranked:
             return None
         if ranked[0].splits == 1:
-            return self._call(gated_template(activation), ranked, self.out_features)
+            return self._call(gated_template(activation), ranked, self.layout.out_features)
         # Gate and up are one weight of twice the rows here.
-        both = self._sums(ranked, self.rows + self.out_features)
-        gate = apply(aten.slice.Tensor, both, 1, 0, self.out_features)
-        up = apply(aten.slice.Tensor, both, 1, self.rows, self.rows + self.out_features)
+        both = self._sums(ranked, self.layout.rows + self.layout.out_features)
+        gate = apply(aten.slice.Tensor, both, 1, 0, self.layout.out_features)
+        up = apply(aten.slice.Tensor, both, 1, self.layout.rows, self.layout.rows + self.layout.out_features)
         product = apply(aten.mul.Tensor, apply_function(ACTIVATIONS[activation].eager, gate), up)
         return self._cast(product)
 
@@ -137,7 +118,7 @@ class _Sparse:
 
     def _ranked(self, gated: bool) -> list[Config]:
         shape = Shape(
-            max(1, size_hint(self.tokens)), self.rows, self.spec.groups(self.in_features), self.spec, self.dtype, gated
+            max(1, size_hint(self.tokens)), self.layout.rows, self.layout.groups, self.spec, self.dtype, gated
         )
         ranked = configurations(shape, self.target)
         kept = ranked[: _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED]
@@ -174,7 +155,7 @@ class _Sparse:
         return choose_fastest(template.name, choices, inputs, layout, self._random_arrays())
 
     def _constants(self, config: Config, columns: int) -> dict[str, Any]:
-        spec, groups = self.spec, self.spec.groups(self.in_features)
+        spec, groups = self.spec, self.layout.groups
         half = self.dtype.itemsize == 2
         split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
         word = {1: "tl.int16", 2: "tl.int32"}[spec.n] if half else None
@@ -183,9 +164,9 @@ class _Sparse:
             "N": spec.n,
             "M": spec.m,
             "O": columns,
-            "K": self.in_features,
+            "K": self.layout.in_features,
             "G": groups,
-            "R": self.rows,
+            "R": self.layout.rows,
             "BLOCK_O": config.block_o,
             "BLOCK_T": config.block_t,
             "BLOCK_G": config.block_g,
@@ -197,7 +178,7 @@ class _Sparse:
             "METADATA_STRIDE": int(self.arrays[1].get_stride()[0]) // spec.n,
             "METADATA_WIDTH": _readable(self.arrays[1]) // spec.n,
             "EVEN_G": groups % config.block_g == 0,
-            "TAIL": self.in_features % spec.m != 0,
+            "TAIL": self.layout.tail != 0,
             "WORDS": word,
             "DTYPE": {2: "tl.bfloat16" if self.dtype == torch.bfloat16 else "tl.float16", 4: "tl.float32"}[
                 self.dtype.itemsize
@@ -224,7 +205,7 @@ class _Sparse:
         @functools.cache
         def arrays() -> Any:
             device = self.x.get_device()
-            return random_packed(Problem(1, rows, self.in_features, self.spec, self.dtype, device))
+            return random_packed(Problem(1, rows, self.layout.in_features, self.spec, self.dtype, device))
 
         def like(position: int, buffer: Any) -> torch.Tensor:
             size, stride = ([int(s) for s in sizes] for sizes in (buffer.get_size(), buffer.get_stride()))
@@ -241,7 +222,7 @@ def _k_major(x: Any) -> Any:
     tokens = 1
     for size in leading:
         tokens = tokens * size
-    padded = round_up(tokens, _ALIGNMENT // x.get_dtype().itemsize)
+    padded = round_up(tokens, WIDEST_LOAD // x.get_dtype().itemsize)
     return copy_strided(reshape(x, [tokens, width]), [1, padded], [padded, width])
 
 
@@ -261,4 +242,4 @@ def _readable(array: Any) -> int:
 
 def _aligned(array: Any) -> int:
     """Elements of a row, rounded up to whole loads."""
-    return int(round_up(int(array.get_size()[1]), _ALIGNMENT // array.get_dtype().itemsize))
+    return int(round_up(int(array.get_size()[1]), WIDEST_LOAD // array.get_dtype().itemsize))

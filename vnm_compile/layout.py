@@ -1,0 +1,97 @@
+"""How a weight is stored: the one descriptor that goes with packed arrays, from the format to the kernels.
+
+Passes, ops, lowerings, measurements and checkpoints hand a `Layout` on and read from it what they need. It travels
+through graphs as text, an argument of the `vnm` ops. What a new kind of storage needs (scales of quantised values, a
+number of experts) becomes a field here, and an array in `names`; schemas and passes stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+
+from vnm_compile.errors import VNMError
+from vnm_compile.spec import KEPT_COLUMNS, Spec
+
+_TEXT = re.compile(r"([0-9:]+) ([0-9]+)x([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The storage of one weight `[out_features, in_features]` that follows `spec`; written `"64:2:8 4096x11008"`.
+
+    R is `out_features` rounded up to a multiple of V, G is `in_features / M` rounded up.
+    """
+
+    spec: Spec
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Return the layout that `text` describes.
+
+        Raises:
+            VNMError: the text is none of a layout.
+        """
+        return _parse(text)
+
+    text: str = field(init=False, repr=False, compare=False)
+    """The layout as the `vnm` ops take it."""
+
+    def __post_init__(self) -> None:
+        # Kept as text: where a compiler traces, nothing has to be put together.
+        object.__setattr__(self, "text", f"{self.spec} {self.out_features}x{self.in_features}")
+
+    def __str__(self) -> str:
+        return self.text
+
+    def of_rows(self, out_features: int) -> Layout:
+        """The layout of a weight with another number of rows: one part of joined weights, or all of them."""
+        return replace(self, out_features=out_features)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the arrays, in order; the first one holds what the weight is a linear function of."""
+        return "values", "metadata", "columns"
+
+    @property
+    def rows(self) -> int:
+        """Rows that are stored: R."""
+        return self.spec.rows(self.out_features)
+
+    @property
+    def groups(self) -> int:
+        """Column groups that are stored: G. The last one may be a tail."""
+        return self.spec.groups(self.in_features)
+
+    @property
+    def tail(self) -> int:
+        """Real columns of the last group where it is not full; 0 where it is."""
+        return self.in_features % self.spec.m
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the arrays, as `names` lists them."""
+        kept = self.groups * self.spec.n
+        return (self.rows, kept), (self.rows, -(-kept // 4)), (self.rows // self.spec.v, self.groups, KEPT_COLUMNS)
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Dtypes of the arrays for a weight of `dtype`."""
+        return dtype, torch.uint8, self.spec.column_dtype
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes that a weight of `dtype` takes: its arrays, nothing else."""
+        kinds = zip(self.shapes, self.dtypes(dtype), strict=True)
+        return sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in kinds)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> Layout:
+    found = _TEXT.fullmatch(text)
+    if found is None:
+        raise VNMError(f'{text!r} is no layout of a weight; it reads "64:2:8 4096x11008": pattern, rows x columns.')
+    return Layout(Spec.parse(found[1]), int(found[2]), int(found[3]))
