@@ -51,9 +51,11 @@ def test_over_the_range_of_a_float(entry):
     weight[range(width), range(0, 4 * width, 4)] = 1.0
     joined = [torch.cat([each, each]) for each in pack(weight, spec)]
 
+    layout = Layout(spec, width, 4 * width)
+
     @torch.compile(backend="vnm")
     def run(x, *arrays):
-        return gated_linear(x, arrays, Layout(Spec(1, 1, 4), width, 4 * width), entry.name)
+        return gated_linear(x, arrays, layout, entry.name)
 
     x = torch.zeros(1, 4 * width)
     x[0, ::4] = values

@@ -152,10 +152,12 @@ def test_packed_arrays_may_lie_anywhere(dtype):
         start += -(-array.nbytes // dtype.itemsize) * dtype.itemsize + (dtype.itemsize if len(placed) == 1 else 1)
     strided = [torch.stack([array, array], -1)[..., 0] for array in arrays]
 
+    layout = Layout(spec, out_features, in_features)
+
     @torch.compile(backend="vnm", options=OPTIONS)
     def run(x, *a):
         sliced = [torch.cat([each, each])[each.shape[0] :] for each in a]
-        return [linear(x, each, Layout(spec, out_features, in_features)) for each in (a, sliced)]
+        return [linear(x, each, layout) for each in (a, sliced)]
 
     for tokens in (1, 3, 70):
         x = torch.randn(tokens, in_features).to(dtype)

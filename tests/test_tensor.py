@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.support import make_sparse_, random_sparse
 from vnm_compile import Spec, VNMError, VNMTensor, compress, compress_model
@@ -603,6 +604,16 @@ def test_a_view_that_a_compiled_function_returns_is_read_only(later):
     write = rows.zero_ if later == "eager" else torch.compile(lambda: rows.add_(1) * 2, backend="vnm")
     with pytest.raises(VNMError, match="writes into a view of a compressed weight"):
         write()
+
+
+def test_what_a_checkpointed_block_computes_from_a_compressed_weight_is_no_view_of_it():
+    layer, x = compressed_linear(), torch.randn(3, 32, requires_grad=True)
+    torch._dynamo.reset()
+    y = torch.compile(lambda t: checkpoint(lambda u: torch.tanh(layer(u)), t, use_reentrant=False), backend="vnm")(x)
+    y.sum().backward()
+    ours, x.grad = x.grad, None
+    torch.tanh(layer(x)).sum().backward()
+    torch.testing.assert_close(ours, x.grad)
 
 
 def compressed_linear():

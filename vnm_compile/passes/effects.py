@@ -277,8 +277,7 @@ class Effects:
         """
         weight_of = {node: node for node in compressed}
         for node in self._place if weight_of else ():
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            if name not in _MAY_CONVERT and _may_alias(node) and node.meta.get("example_value") is not None:
+            if _is_view_by_schema(node):
                 source = next((weight_of[each] for each in node.all_input_nodes if each in weight_of), None)
                 if source is not None:
                     weight_of[node] = source
@@ -345,6 +344,15 @@ def _may_alias(node: fx.Node) -> bool:
         return True
     arguments = [argument for schema in _schemas(packet) for argument in schema.arguments]
     return any(argument.alias_info is not None and not argument.is_out for argument in arguments)
+
+
+def _is_view_by_schema(node: fx.Node) -> bool:
+    """Whether the value of a node is a view of what it is made from: an item, or what a schema says is one."""
+    if node.op not in ("call_function", "call_method") or node.target in _MAY_CONVERT:
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    known = name == "getitem" or isinstance(node.target, OpOverload | OpOverloadPacket) or _aten(name) is not None
+    return known and not isinstance(node.target, HigherOrderOperator) and _may_alias(node)
 
 
 def _returns_an_input(node: fx.Node) -> bool:

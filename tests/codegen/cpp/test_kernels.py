@@ -52,9 +52,11 @@ def test_linear_is_as_accurate_as_dense(spec, out_features, in_features, dtype):
         spec, out_features, in_features = Spec(64, 2, 8), 64, 72
     weight, packed = operands(spec, out_features, in_features, dtype)
 
+    layout = Layout(spec, out_features, in_features)
+
     @compiled
     def run(x, *arrays):
-        return linear(x, arrays, Layout(spec, out_features, in_features))
+        return linear(x, arrays, layout)
 
     for tokens in TOKENS:
         x = torch.randn(tokens, in_features).to(dtype)
@@ -83,9 +85,11 @@ def test_gated(name):
     gate, up = (random_sparse(50, 90, spec, seed=seed) * 0.3 for seed in (0, 1))
     joined = [torch.cat(pair) for pair in zip(pack(gate, spec), pack(up, spec), strict=True)]
 
+    layout = Layout(spec, 50, 90)
+
     @compiled
     def run(x, *arrays):
-        return gated_linear(x, arrays, Layout(spec, 50, 90), name)
+        return gated_linear(x, arrays, layout, name)
 
     for tokens in (1, 4, 7, 40, 70):
         x = torch.randn(tokens, 90)
@@ -106,8 +110,10 @@ def test_bias_activation_scale_and_residual_are_one_kernel():
     weight, packed = operands(spec, 100, 200, torch.float32)
     bias, x, residual = torch.randn(100), torch.randn(2, 20, 200), torch.randn(2, 20, 100)
 
+    layout = Layout(spec, 100, 200)
+
     def run(x, residual, *arrays):
-        y = linear(x, arrays, Layout(spec, 100, 200))
+        y = linear(x, arrays, layout)
         return nn.functional.gelu(y + bias) * 2 + residual
 
     result, count = kernels(run, x, residual, *packed)
@@ -121,8 +127,10 @@ def test_a_cast_in_the_epilogue(dtype):
     weight, packed = operands(spec, 48, 64, dtype)
     x = torch.randn(9, 64).to(dtype)
 
+    layout = Layout(spec, 48, 64)
+
     def run(x, *arrays):
-        return torch.relu(linear(x, arrays, Layout(spec, 48, 64))).float() + 1
+        return torch.relu(linear(x, arrays, layout)).float() + 1
 
     result, count = kernels(run, x, *packed)
     expected = torch.relu(x.double() @ weight.double().T) + 1
@@ -135,8 +143,10 @@ def test_the_bare_product_may_be_read_too():
     weight, packed = operands(spec, 48, 64, torch.float32)
     x = torch.randn(9, 64)
 
+    layout = Layout(spec, 48, 64)
+
     def run(x, *arrays):
-        y = linear(x, arrays, Layout(spec, 48, 64))
+        y = linear(x, arrays, layout)
         return y, nn.functional.silu(y)
 
     (bare, activated), _ = kernels(run, x, *packed)
@@ -150,9 +160,10 @@ def test_infinite_activations_stay_where_they_are():
     _, packed = operands(spec, 40, 43, torch.float32)
     for tokens in (2, 9):
         x = torch.randn(tokens, 43)
-        expected = linear(x, packed, Layout(Spec(16, 2, 5), 40, 43))
+        layout = Layout(Spec(16, 2, 5), 40, 43)
+        expected = linear(x, packed, layout)
         x[1] = torch.inf
-        result = compiled(lambda x, *a: linear(x, a, Layout(Spec(16, 2, 5), 40, 43)))(x, *packed)
+        result = compiled(lambda x, *a, layout=layout: linear(x, a, layout))(x, *packed)
         others = [i for i in range(tokens) if i != 1]
         torch.testing.assert_close(result[others], expected[others], atol=1e-5, rtol=1e-5)
 
@@ -160,7 +171,8 @@ def test_infinite_activations_stay_where_they_are():
 def test_results_repeat_bit_for_bit():
     spec = Spec(64, 2, 8)
     _, packed = operands(spec, 256, 256, torch.float32)
-    run = compiled(lambda x, *a: linear(x, a, Layout(Spec(64, 2, 8), 256, 256)))
+    layout = Layout(Spec(64, 2, 8), 256, 256)
+    run = compiled(lambda x, *a: linear(x, a, layout))
     for tokens in (1, 40):
         x = torch.randn(tokens, 256)
         first = run(x, *packed)
