@@ -93,12 +93,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "transforms of torch.func are not noticed",
-        ((_PASSES + "find.py", "        if self.mode[node].transforms:", "        if False:"),),
+        ((_PASSES + "find.py", "    if not case.mode.transforms:", "    if True:"),),
         only=("transforms",),
     ),
     Mutant(
         "weights that the graph writes to are packed before",
-        ((_PASSES + "find.py", "        writer = self.effects.writer_of(weight)\n", "        writer = None\n"),),
+        ((_PASSES + "find.py", "    writer = case.effects.writer_of(case.weight)\n", "    writer = None\n"),),
         only=("weight_written",),
     ),
     Mutant(
@@ -111,5 +111,38 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         only=("siblings", "attention"),
+    ),
+    Mutant(
+        "a compressed weight may lie either way round",
+        ((_PASSES + "plan.py", "if weight._transposed != site.transposed:", "if False:"),),
+        only=("tied",),
+    ),
+    Mutant(
+        "writes into views of compressed weights are lost",
+        ((_PASSES + "lost_writes.py", "        if written in views:", "        if False:"),),
+        only=("weight_written",),
+    ),
+    Mutant(
+        "epilogues may read in any order",
+        (
+            (
+                "vnm_compile/codegen/inductor/epilogue.py",
+                "isinstance(read, MemoryDep) and read.index == writes[0].index",
+                "True",
+            ),
+        ),
+        only=("epilogues", "product_channels_first"),
+        kernels=1.0,
+    ),
+    Mutant(
+        "an activation is read from where its buffer begins",
+        (("vnm_compile/codegen/cpp/linear.cpp.jinja", "&{{ kernel.index(X, [0, 0]) }}", "x_buffer"),),
+        only=("rows", "layouts"),
+        kernels=1.0,
+    ),
+    Mutant(
+        "a bias keeps its own dtype under autocast",
+        ((_PASSES + "rewrite.py", 'return self.graph.call_method("type_as", (bias, y))', "return bias"),),
+        only=("chain", "siblings", "precisions"),
     ),
 )

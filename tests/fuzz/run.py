@@ -22,7 +22,7 @@ from tests.fuzz.program import DTYPES, Program, Settings, Weight, load, settings
 from tests.fuzz.writes import AS_DENSE, COMPRESSED_WRITES, DENSE_WRITES
 from tests.support import random_sparse
 from vnm_compile import backend as ours
-from vnm_compile.passes import own_copy
+from vnm_compile.passes import own_copy, pipeline
 from vnm_compile.spec import Spec
 
 
@@ -252,7 +252,7 @@ class Compiler:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Count what is joined, and stop short of Inductor where the settings say so."""
-        saved = ours.merge, ours.compile_graph
+        saved = pipeline.merge, ours.compile_graph
 
         def merge(*args: Any, **kwargs: Any) -> Any:
             units = saved[0](*args, **kwargs)
@@ -260,14 +260,14 @@ class Compiler:
                 self.units[unit.kind] = self.units.get(unit.kind, 0) + 1
             return units
 
-        ours.merge = merge
+        pipeline.merge = merge
         if self.settings.through != "inductor":
             finish = _FINISHES[self.settings.through]
             ours.compile_graph = lambda gm, inputs, *args, **kwargs: finish(gm, inputs)
         try:
             yield
         finally:
-            ours.merge, ours.compile_graph = saved
+            pipeline.merge, ours.compile_graph = saved
 
 
 def execute(source: str, weights: list[Weight], settings: Settings, sparse: bool = True) -> Outcome:

@@ -347,11 +347,15 @@ def _may_alias(node: fx.Node) -> bool:
 
 
 def _is_view_by_schema(node: fx.Node) -> bool:
-    """Whether the value of a node is a view of what it is made from: an item, or what a schema says is one."""
+    """Whether a node is a view of what it is made from: an item, an attribute, or what a schema calls one."""
     if node.op not in ("call_function", "call_method") or node.target in _MAY_CONVERT:
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    known = name == "getitem" or isinstance(node.target, OpOverload | OpOverloadPacket) or _aten(name) is not None
+    known = (
+        name in ("getitem", "getattr", "_get_data_attr")
+        or isinstance(node.target, OpOverload | OpOverloadPacket)
+        or _aten(name) is not None
+    )
     return known and not isinstance(node.target, HigherOrderOperator) and _may_alias(node)
 
 
