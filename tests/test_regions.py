@@ -11,6 +11,7 @@ import vnm_compile as vnm
 from tests.passes.running import assert_alike, check, linears
 from vnm_compile import backend
 from vnm_compile.options import Options
+from vnm_compile.session import session
 
 SINGLES = [("single", "a"), ("single", "b")]
 SIBLINGS = [("siblings", "a", "b")]
@@ -164,7 +165,7 @@ def test_inference_with_gradients_on_is_warned_of_once():
             torch.compile(lambda x: model.b(model.a(x)), backend=as_it_is)(torch.randn(4, 32))
         return [str(each.message) for each in caught if "V:N:M" in str(each.message)]
 
-    backend._warned.clear()
+    session.reset()
     assert not messages(training=True)
     (message,) = messages(training=False)
     for part in ("2 V:N:M layers in evaluation mode (a, ...)", "torch.no_grad()", "requires_grad_(False)"):

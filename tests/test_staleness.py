@@ -16,6 +16,7 @@ import vnm_compile as vnm
 from tests.support import make_sparse_, random_sparse
 from vnm_compile import dispatch
 from vnm_compile.contents import contents
+from vnm_compile.session import session
 
 SPARSE = {"vnm.policy": "memory"}
 SPEC = "16:2:8"
@@ -350,7 +351,7 @@ def test_weights_that_are_others_on_every_call_run_dense_after_a_while():
         return torch.func.functional_call(model, parameters, (x,))
 
     run = torch.compile(call, backend="vnm", options=SPARSE)
-    dispatch._warned.clear()
+    session.reset()
     before = len(dispatch.store._entries)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
@@ -364,12 +365,13 @@ def test_weights_that_are_others_on_every_call_run_dense_after_a_while():
 def test_weights_that_hold_still_again_run_sparse_again():
     model, x = pair(), torch.randn(5, 64)
     run = compiled(model)
-    known = set(dispatch._dispatchers)
+    known = dispatch.dispatchers.alive()
     for _ in range(7):
         agree(model, run, x)
         with torch.no_grad():
             model[0].weight.mul_(1.01)
-    (dispatcher,) = (ref() for key, ref in dispatch._dispatchers.items() if key not in known)
+    (dispatcher,) = (each for each in dispatch.dispatchers.alive() if each not in known)
+    del known
     assert dispatcher._latest is None  # at rest
     for _ in range(dispatch._REST[0] + 3):
         agree(model, run, x)

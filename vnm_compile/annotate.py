@@ -18,6 +18,7 @@ from torch import nn
 from vnm_compile.checks import check_usable, why_unusable
 from vnm_compile.errors import VNMError, at_layer
 from vnm_compile.layers import Layer, linear_layers, plain_name, shared_weights
+from vnm_compile.session import session
 from vnm_compile.spec import Spec
 
 Selector = str | type[nn.Module]
@@ -28,7 +29,7 @@ ANY_SIZE = Spec(1, 1, 4)
 
 _ATTRIBUTE = "_vnm_annotation"
 _ADAPTER = re.compile(r"(^|_)lora(_|$)", re.IGNORECASE)
-_annotated: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_annotated: weakref.WeakSet[nn.Module] = session.keep("annotations", weakref.WeakSet(), lasting=True)
 
 
 class Annotation:

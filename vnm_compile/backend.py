@@ -47,6 +47,7 @@ from vnm_compile.passes import (
     rewrite,
     run_passes,
 )
+from vnm_compile.session import session
 
 log = logging.getLogger(__name__)
 
@@ -205,14 +206,10 @@ def _faked(arrays: Sequence[Tensor]) -> list[Tensor]:
     return [context.fake_mode.from_tensor(array, static_shapes=True) for array in arrays]
 
 
-_warned: set[str] = set()
-
-
 def _warn_of_gradients(decisions: Sequence[Decision]) -> None:
     """Say, once a process, that a model in evaluation mode runs dense only because gradients are on."""
     dense = [decision.name for decision in decisions if decision.only_for_gradients]
-    if dense and "gradients" not in _warned:
-        _warned.add("gradients")
+    if dense and session.first_time("dense for gradients"):
         warnings.warn(
             f"{len(dense)} V:N:M layers in evaluation mode ({dense[0]}, ...) run dense because gradients are on and "
             "their weights require them. For inference, call it under torch.no_grad() or torch.inference_mode(), "

@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import random
-import threading
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from vnm_compile import native
 from vnm_compile._torch import without_modes
+from vnm_compile.session import session
 
 _LINE = 64  # bytes of a cache line
 _SAMPLES = 4  # of a weight, one line each
@@ -173,12 +172,15 @@ class Contents:
         """Called with the id of a storage when it dies, from anywhere: it must take no lock."""
         self._random = random.Random(0)
         self._hooked = False
-        self._renew_lock()
-        os.register_at_fork(after_in_child=self._renew_lock)
 
-    def _renew_lock(self) -> None:
-        # A lock that another thread held when the process forked would stay held in the child.
-        self.lock = threading.RLock()
+    def clear(self) -> None:
+        """Know of no weight any more. Of storages that are alive only is kept that their death is heard of."""
+        with session.lock:
+            self.forget()
+            self._watches.clear()
+
+    def __len__(self) -> int:
+        return len(self._watches)
 
     def watch(self, weight: Tensor) -> Watch:
         """What is known of a strided weight, made sure of now."""
@@ -189,7 +191,7 @@ class Contents:
         watch = self._watches.get(place)
         if watch is not None and self._holds(watch, weight):
             return watch
-        with self.lock, on_real_values():
+        with session.lock, on_real_values():
             return self._look(weight, place)
 
     def forget(self) -> None:
@@ -311,5 +313,5 @@ def checksum(weight: Tensor) -> int | None:
     return native.checksum()(weight.data_ptr(), rows, width * size, stride * size)
 
 
-contents = Contents()
+contents = session.keep("weights looked at", Contents())
 """Shared by everything that packs or looks at weights."""

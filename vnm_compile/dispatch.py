@@ -20,12 +20,13 @@ from vnm_compile.codegen.inductor import prepack_of
 from vnm_compile.contents import Place, Watch, contents, fingerprint_of, readable, version_of
 from vnm_compile.format import Packed
 from vnm_compile.passes import Decision, PackedInput
+from vnm_compile.session import session
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.weights import PackStore
 
 log = logging.getLogger(__name__)
 
-store = PackStore(prepack_of)
+store = session.keep("packed weights", PackStore(prepack_of))
 """Shared by all compiled graphs: prefill and decode, or two token counts, use one copy of a weight."""
 
 _PATIENCE = 4  # packings in a row of which none was used twice, before the graph runs dense
@@ -194,8 +195,7 @@ class Dispatcher:
         self._wasted = 0  # bindings in a row that no second call used
         self._resting, self._rest = 0, _REST[0]
         self._lock = threading.RLock()
-        key = id(self)
-        _dispatchers[key] = weakref.ref(self, lambda _: _dispatchers.pop(key, None))
+        dispatchers.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on its inputs, with whatever its weights hold now."""
@@ -246,6 +246,15 @@ class Dispatcher:
                 self._bindings.pop(key, None)
                 self._let_go(binding)
 
+    def clear(self) -> None:
+        """Let go of all weights: the next call binds anew."""
+        with self._lock:
+            for binding in [*self._bindings.values()]:
+                binding.dead = True
+            self._bindings.clear()
+            self._latest = None
+            self._wasted = self._resting = 0
+
     def _variant(self, args: Sequence[Any], decisions: list[Decision], first: bool = False) -> Variant:
         signature = tuple(decision.spec for decision in decisions)
         variant = self._variants.get(signature)
@@ -285,8 +294,7 @@ class Dispatcher:
             return False
         self._wasted = _PATIENCE - 1  # one more try after the rest
         self._resting, self._rest = self._rest, min(2 * self._rest, _REST[1])
-        if not _warned:
-            _warned.append(True)
+        if session.first_time(_OTHERS_EVERY_TIME):
             warnings.warn(_OTHERS_EVERY_TIME, stacklevel=4)
         return True
 
@@ -301,15 +309,32 @@ def _without_memory(weight: Any) -> bool:
     return isinstance(weight, FakeTensor) or weight.is_meta
 
 
-_warned: list[bool] = []  # once a process
-_dispatchers: dict[int, weakref.ref[Dispatcher]] = {}
+class _Dispatchers:
+    """Those that are alive."""
 
+    def __init__(self) -> None:
+        self._refs: dict[int, weakref.ref[Dispatcher]] = {}
+        contents.on_death.append(self._bury)
 
-def _bury(storage: int) -> None:
-    for ref in tuple(_dispatchers.values()):
-        dispatcher = ref()
-        if dispatcher is not None:
+    def add(self, dispatcher: Dispatcher) -> None:
+        key = id(dispatcher)
+        self._refs[key] = weakref.ref(dispatcher, lambda _: self._refs.pop(key, None))
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def clear(self) -> None:
+        """Have them let go of all weights; Dynamo holds the graphs, which stay compiled."""
+        for dispatcher in self.alive():
+            dispatcher.clear()
+
+    def _bury(self, storage: int) -> None:
+        for dispatcher in self.alive():
             dispatcher.bury(storage)
 
+    def alive(self) -> list[Dispatcher]:
+        """The dispatchers of graphs that somebody holds."""
+        return [dispatcher for ref in tuple(self._refs.values()) if (dispatcher := ref()) is not None]
 
-contents.on_death.append(_bury)
+
+dispatchers = session.keep("compiled graphs", _Dispatchers())

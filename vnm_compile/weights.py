@@ -12,13 +12,17 @@ from torch import Tensor
 from vnm_compile.contents import Content, Place, Watch, contents, on_real_values
 from vnm_compile.format import Packed, detect, matches, pack
 from vnm_compile.prepack import Prepack
+from vnm_compile.session import session
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 
 _TRIES = 3  # at packing a weight that is being written to
 
-_detected: dict[bool, WeakKeyDictionary[Content, Spec | None]] = {False: WeakKeyDictionary(), True: WeakKeyDictionary()}
-_last_detected: dict[tuple[Place, bool], Spec] = {}
+_PATTERNS = "patterns found"
+_detected: dict[bool, WeakKeyDictionary[Content, Spec | None]] = {
+    transposed: session.keep(_PATTERNS, WeakKeyDictionary()) for transposed in (False, True)
+}
+_last_detected: dict[tuple[Place, bool], Spec] = session.keep(_PATTERNS, {})
 
 
 def detected_spec(weight: Tensor, transposed: bool) -> Spec | None:
@@ -36,7 +40,7 @@ def detected_spec(weight: Tensor, transposed: bool) -> Spec | None:
     return remembered[watch.content]
 
 
-_held: WeakKeyDictionary[Content, set[tuple[bool, Spec]]] = WeakKeyDictionary()
+_held: WeakKeyDictionary[Content, set[tuple[bool, Spec]]] = session.keep(_PATTERNS, WeakKeyDictionary())
 
 
 def hold_to_pattern(weight: Tensor, transposed: bool, spec: Spec, name: str) -> None:
@@ -73,6 +77,14 @@ class PackStore:
         self._entries: dict[_Key, Kept] = {}
         contents.on_death.append(self._bury)
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        with session.lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def get(self, weights: Sequence[Tensor], transposed: Sequence[bool], names: Sequence[str], spec: Spec) -> Kept:
         """Return the arrays of dense weights, joined along the rows; packed again if one has changed.
 
@@ -99,7 +111,7 @@ class PackStore:
         self, sources: Sequence[Tensor], transposed: tuple[bool, ...], spec: Spec, make: Callable[[], Packed]
     ) -> Kept:
         prepack = self._prepack_of(sources[0].device.type)
-        with contents.lock:
+        with session.lock:
             for _ in range(_TRIES):
                 watches = tuple(map(contents.watch, sources))
                 key = (tuple(watch.place for watch in watches), transposed, spec)

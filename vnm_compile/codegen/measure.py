@@ -28,6 +28,7 @@ from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import unpack
 from vnm_compile.ops import linear
 from vnm_compile.problem import Failure, Problem, Timing
+from vnm_compile.session import session
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _MOST_COPIES = {"cpu": 2048, "cuda": 256}
 _SECONDS = 0.25  # of timing a problem, once compiled
 _ROUNDS = (5, 50)  # at least, at most
 
-_known: dict[str, Timing | Failure] = {}
+_known: dict[str, Timing | Failure] = session.keep("timings", {})
 _one_at_a_time = threading.RLock()
 
 
