@@ -619,6 +619,26 @@ def test_what_a_checkpointed_block_computes_from_a_compressed_weight_is_no_view_
     torch.testing.assert_close(ours, x.grad)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_compiled_function_that_copies_into_a_compressed_weight(mode):
+    """A graph break: the copy packs, outside of any graph."""
+    layer, x = compressed_linear(), torch.randn(3, 32)
+    twin = copy.deepcopy(layer)
+
+    def call(layer, x):
+        y = layer(x)
+        layer.weight.copy_(layer.weight * 0.75)
+        return y, layer(x), F.linear(x, layer.weight) * layer.weight.spec.n
+
+    torch._dynamo.reset()
+    run = torch.compile(call, backend="vnm", dynamic=True)
+    for _ in range(2):
+        with mode():
+            for ours, eager in zip(run(layer, x), call(twin, x), strict=True):
+                torch.testing.assert_close(ours, eager)
+    assert torch.equal(layer.weight.to_dense(), twin.weight.to_dense())
+
+
 def compressed_linear():
     layer = make_sparse_(nn.Linear(32, 32), "16:2:8", 1).requires_grad_(False)
     layer.weight = nn.Parameter(compress(layer.weight, "16:2:8"), requires_grad=False)

@@ -114,7 +114,7 @@ class VNMTensor(Tensor):
 
     @property
     def _checked(self) -> _Stored:
-        stored = self.__dict__.get("_stored")
+        stored = getattr(self, "_stored", None)
         if type(stored) is _Stored:
             return stored
         if type(stored) is not _Unchecked:

@@ -31,6 +31,8 @@ def torch_function(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> An
         return func(*args, **kwargs)
 
 
+# Dynamo would compile what runs here where a graph breaks at one of these ops, packing for example.
+@torch.compiler.disable
 def torch_dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What `func`, an op below autograd, does with a VNMTensor among its arguments."""
     views = any(info.alias_info is not None for info in func._schema.returns)
