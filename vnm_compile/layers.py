@@ -37,13 +37,18 @@ class Layer:
         return weight.t() if self.transposed else weight
 
 
+def check_module(model: object) -> None:
+    """Raise a VNMError where what was given as a model is none."""
+    if not isinstance(model, nn.Module):
+        raise VNMError(f"the model is a {type(model).__name__}; give an nn.Module.")
+
+
 def linear_layers(model: nn.Module) -> Iterator[Layer]:
     """Every nn.Linear and transformers Conv1D of a model, by its qualified name, each once.
 
     The `_orig_mod` that torch.compile puts into names is left out: a model and its compiled form name layers alike.
     """
-    if not isinstance(model, nn.Module):
-        raise VNMError(f"the model is a {type(model).__name__}; give an nn.Module.")
+    check_module(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) or _is_conv1d(module):
             yield Layer(plain_name(name), module)

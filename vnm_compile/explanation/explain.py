@@ -12,7 +12,7 @@ from vnm_compile.errors import VNMError
 from vnm_compile.explanation.describe import describe_graphs
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.inventory import dense_weights
-from vnm_compile.layers import linear_layers
+from vnm_compile.layers import check_module, linear_layers
 from vnm_compile.options import split_options
 from vnm_compile.tracing import record_graphs, used_parameters
 
@@ -34,8 +34,9 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         options: as for `torch.compile`.
 
     Raises:
-        VNMError: an annotated weight breaks its pattern, or an unknown `vnm.` option.
+        VNMError: no module is given, an annotated weight breaks its pattern, or an unknown `vnm.` option.
     """
+    check_module(model)
     model = getattr(model, "_orig_mod", model)
     if options is not None and not isinstance(options, Mapping):
         raise VNMError(f"options is a {type(options).__name__}; give a dict, as to torch.compile.")
