@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import vnm_compile as vnm
 from tests.support import make_sparse_, random_sparse
 from vnm_compile import Spec, VNMError, VNMTensor, compress, compress_model
 from vnm_compile.tensor import _rebuild
@@ -581,6 +582,79 @@ def test_a_write_into_a_view_inside_a_compiled_function_is_refused(write):
     with pytest.raises(VNMError, match=r"writes into a (view of a )?compressed weight"):
         torch.compile(call, backend="vnm")(torch.randn(3, 32))
     assert torch.equal(layer.weight.to_dense(), before)
+
+
+# A write into what is made of a weight: refused where eager mode refuses it, and nowhere else.
+MADE_OF_A_WEIGHT = {
+    "converted to the dtype that it has": lambda w: w[:3].float(),
+    "moved to where it is": lambda w: w[:3].to(torch.float32),
+    "made contiguous, as it is": lambda w: w[:3].contiguous(),
+    "converted": lambda w: w[:3].double(),
+    "converted by the op": lambda w: torch.ops.aten.to.dtype(w[:3], torch.float64),
+    "a view of a converted weight": lambda w: w.double()[:3],
+    "a view of a copy": lambda w: w.clone()[:3],
+    "turned round and made contiguous": lambda w: w.t().contiguous(),
+    "turned round and flat": lambda w: w.t().reshape(-1),
+    "flat": lambda w: w.reshape(-1),
+    "expanded and copied": lambda w: w[:1].expand(4, -1).clone(),
+    "rows by index": lambda w: w[torch.tensor([1, 2])],
+}
+
+
+@pytest.mark.parametrize("make", MADE_OF_A_WEIGHT.values(), ids=MADE_OF_A_WEIGHT)
+def test_writes_are_refused_in_a_graph_exactly_where_eager_refuses_them(make):
+    layer, x = compressed_linear(), torch.randn(3, 32)
+
+    def call(x):
+        with torch.no_grad():
+            made = make(layer.weight).add_(1)
+        return made, layer(x)
+
+    def outcome(run):
+        try:
+            return [y.detach() for y in run(x)]
+        except VNMError as error:
+            return str(error)
+
+    torch._dynamo.reset()
+    ours, eager = outcome(torch.compile(call, backend="vnm")), outcome(call)
+    if isinstance(eager, str):
+        for message in (ours, eager):
+            assert "writes into a view of a compressed weight" in message
+    else:
+        torch.testing.assert_close(ours, eager)
+
+
+def test_explain_refuses_what_compiling_refuses():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = compressed_linear()
+
+        def forward(self, x):
+            self.layer.weight[:8].zero_()
+            return self.layer(x)
+
+    with pytest.raises(VNMError, match=r"layer: zero_ writes into a view of a compressed weight"):
+        vnm.explain(Writes(), torch.randn(3, 32))
+
+
+@pytest.mark.parametrize("pick", [lambda w: w[2:5], lambda w: w[2], lambda w: w.t()[:3]])
+def test_the_gradient_of_a_view_that_a_compiled_function_returns(pick):
+    layer, x = compressed_linear(), torch.randn(3, 32)
+    layer.weight.requires_grad_()
+    grads = []
+
+    def call(x):
+        return pick(layer.weight), layer(x)
+
+    torch._dynamo.reset()
+    for run in (torch.compile(call, backend="vnm"), call):
+        layer.weight.grad = None
+        rows, y = run(x)
+        (rows.square().sum() + y.square().sum()).backward()
+        grads.append(layer.weight.grad)
+    torch.testing.assert_close(*grads)
 
 
 def test_a_write_into_what_is_computed_from_a_compressed_weight_is_none_into_it():

@@ -43,7 +43,6 @@ from vnm_compile.passes import (
     Unit,
     own_copy,
     read_only_results,
-    refuse_lost_writes,
     rewrite,
     run_passes,
 )
@@ -71,7 +70,8 @@ def vnm(
         name: accepted and unused (torch 2.15 passes it on).
 
     Raises:
-        VNMError: an unknown option or mode, or an annotated weight that breaks its pattern.
+        VNMError: an unknown option or mode, an annotated weight that breaks its pattern, or a write into a view of a
+            compressed weight.
     """
     try:
         ours, inductors = split_options(options)
@@ -125,7 +125,6 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
     own = own_copy(gm)
     found = run_passes(FIND, Progress(own, inputs, options, measure))
-    views = refuse_lost_writes(found.gm.graph, inputs)
     found = replace(found, inputs=())  # it is kept, and holds no weight
 
     def decide(args: Sequence[Any]) -> list[Decision]:
@@ -143,16 +142,16 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     positions = sorted({site.index for site in found.sites if site.reason is None and site.index is not None})
     if not positions:
         _report(decide(inputs))
-        return read_only_results(finish(gm, inputs), views)
+        return read_only_results(finish(gm, inputs), found.read_only)
     dispatcher = dispatch.Dispatcher(positions, decide, build)
     if any(isinstance(inputs[i], FakeTensor) for i in positions):
         log.info("the weights of this graph have no values yet; it is compiled at its first call")
-        return read_only_results(_with_tangents(own, dispatcher), views)
+        return read_only_results(_with_tangents(own, dispatcher), found.read_only)
     # Whatever was known of the weights, and however they were written to since: a fresh compilation looks at them anew.
     contents.suspect(known_storages(inputs[i] for i in positions))
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
     _let_go(own.graph, inputs)
-    return read_only_results(_with_tangents(own, dispatcher), views)
+    return read_only_results(_with_tangents(own, dispatcher), found.read_only)
 
 
 def _let_go(graph: fx.Graph, inputs: Sequence[Any]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from vnm_compile._torch import disabled_torch_function, tree_leaves, tree_map_only, without_dispatch
+from vnm_compile._torch import FakeTensor, disabled_torch_function, tree_leaves, tree_map_only, without_dispatch
 from vnm_compile.errors import VNMError
 
 
@@ -18,6 +19,24 @@ def view_write_refused(name: str) -> VNMError:
         f"{name} writes into a view of a compressed weight, where it would be lost. Call vnm.decompress_model(model) "
         "first, or clone the view."
     )
+
+
+_traced: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""The storages, by their ids, of fake tensors that are views of compressed weights: in a graph nothing else tells."""
+
+
+def note_traced_views(result: Any) -> None:
+    """Note that the fake tensors of `result` are views of a weight that was unpacked for them."""
+    for each in tree_leaves(result):
+        if isinstance(each, Tensor):
+            storage = each.untyped_storage()
+            _traced[id(storage)] = storage
+
+
+def is_traced_view(value: Any) -> bool:
+    """Whether one of the tensors in `value`, as tracing has it, lies in the memory of such a view."""
+    plain = [each for each in tree_leaves(value) if isinstance(each, FakeTensor)]
+    return any(_traced.get(id(each.untyped_storage())) is each.untyped_storage() for each in plain)
 
 
 class ReadOnly(Tensor):
@@ -30,8 +49,13 @@ class ReadOnly(Tensor):
 
     @staticmethod
     def of(result: Any) -> Any:
-        """Mark the tensors of `result` as views that are not to be written to."""
+        """Mark the tensors of `result`, which have no gradient, as views that are not to be written to."""
         return tree_map_only(Tensor, lambda each: torch.Tensor._make_subclass(ReadOnly, each), result)
+
+    @staticmethod
+    def keeping_grad(result: Tensor) -> Tensor:
+        """Mark a tensor whose gradient may be asked for."""
+        return _Marked.apply(result) if result.requires_grad else ReadOnly.of(result)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -58,6 +82,18 @@ class ReadOnly(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(_plain(self))
+
+
+class _Marked(torch.autograd.Function):
+    """The same values, read-only, with the gradient of what was marked."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        return ReadOnly.of(tensor.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
 
 
 def _plain(view: Tensor) -> Tensor:

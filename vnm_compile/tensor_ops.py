@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vnm_compile._torch import tree_leaves, tree_map_only, without_torch_function
 from vnm_compile.errors import VNMError
 from vnm_compile.ops import linear
-from vnm_compile.read_only import ReadOnly
+from vnm_compile.read_only import ReadOnly, note_traced_views
 from vnm_compile.tensor import VNMTensor, compress, set_ops, write_refused
 from vnm_compile.validation import VALUE_DTYPES
 
@@ -50,7 +50,11 @@ def torch_dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> An
     dense_args, dense_kwargs = tree_map_only(VNMTensor, VNMTensor._unpacked, (args, kwargs))
     result = func(*dense_args, **dense_kwargs)
     # A view of the weight is, after unpacking, a view of something else.
-    return ReadOnly.of(result) if views and not _traced(_weight(args, kwargs)) else result
+    if views and _traced(_weight(args, kwargs)):
+        note_traced_views(result)
+    elif views:
+        return ReadOnly.of(result)
+    return result
 
 
 # Functions.

@@ -56,8 +56,6 @@ _HARMLESS = {
 _KEEPS_STATISTICS = ("batch_norm", "instance_norm", "moving_avg")
 # Changes what a tensor is, not only what it holds; and hooks, which run code that the graph does not show.
 _REPLACES = {"set_", "resize_", "resize_as_", "requires_grad_", "swap_", "backward", "_set_data_attr"}
-# Aliasing by their schemas, but what they make of a compressed weight is another weight.
-_MAY_CONVERT = {"to", "type", "type_as", "contiguous", "float", "half", "bfloat16", "double", "cpu", "cuda", "clone"}
 INLINED = "vnm_inlined"
 """Marks, in `node.meta`, what was written out from a graph within the graph: the storages of its example values are
 those of another call."""
@@ -270,19 +268,6 @@ class Effects:
         group = self._find(node)
         return next((writer for _, writer, written in self._writers if self._find(written) == group), None)
 
-    def views_of(self, compressed: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """The nodes that are views of one of the weights `compressed`, each with it; the weights are among them.
-
-        A view of a compressed weight is made of a dense copy: its memory does not tell what it is a view of.
-        """
-        weight_of = {node: node for node in compressed}
-        for node in self._place if weight_of else ():
-            if _is_view_by_schema(node):
-                source = next((weight_of[each] for each in node.all_input_nodes if each in weight_of), None)
-                if source is not None:
-                    weight_of[node] = source
-        return weight_of
-
     @property
     def writes(self) -> list[tuple[fx.Node, fx.Node]]:
         """Every write: the node that writes, and the node into which it does."""
@@ -344,19 +329,6 @@ def _may_alias(node: fx.Node) -> bool:
         return True
     arguments = [argument for schema in _schemas(packet) for argument in schema.arguments]
     return any(argument.alias_info is not None and not argument.is_out for argument in arguments)
-
-
-def _is_view_by_schema(node: fx.Node) -> bool:
-    """Whether a node is a view of what it is made from: an item, an attribute, or what a schema calls one."""
-    if node.op not in ("call_function", "call_method") or node.target in _MAY_CONVERT:
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    known = (
-        name in ("getitem", "getattr", "_get_data_attr")
-        or isinstance(node.target, OpOverload | OpOverloadPacket)
-        or _aten(name) is not None
-    )
-    return known and not isinstance(node.target, HigherOrderOperator) and _may_alias(node)
 
 
 def _returns_an_input(node: fx.Node) -> bool:

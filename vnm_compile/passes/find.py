@@ -72,7 +72,8 @@ def find_linears(graph: fx.Graph, inputs: Sequence[Any]) -> list[Site]:
 
     Args:
         graph: as Dynamo hands it to a backend (torch IR, parameters as placeholders). It is not changed.
-        inputs: the values of the placeholders."""
+        inputs: the values of the placeholders.
+    """
     return _Finder(graph, inputs, Effects(graph, inputs), modes(graph)).sites()
 
 

@@ -1,20 +1,21 @@
 """Writes into views of compressed weights: they would be lost, so they are refused, as in eager mode.
 
-A view of a compressed weight is made of a dense copy. In eager mode it is read-only (`vnm_compile.read_only`); in a
-graph nothing of that is left, so the graph is looked at, and what it returns is made read-only again.
+A view of a compressed weight is made of a dense copy. In eager mode it is read-only (`vnm_compile.read_only`). In a
+graph nothing is left of that but a note of the memory that tracing gave to the copy: what the graph writes to is
+compared with it, and what lies in it and is returned becomes read-only again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from torch import fx
 
 from vnm_compile.passes.effects import Effects
 from vnm_compile.passes.find import op_name, weight_name
-from vnm_compile.read_only import ReadOnly, view_write_refused
-from vnm_compile.tensor import VNMTensor, write_refused
+from vnm_compile.read_only import ReadOnly, is_traced_view, view_write_refused
+from vnm_compile.tensor import VNMTensor
 
 
 def refuse_lost_writes(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[int, ...]:
@@ -29,16 +30,25 @@ def refuse_lost_writes(graph: fx.Graph, inputs: Sequence[Any]) -> tuple[int, ...
     if not compressed and not read_only:
         return ()
     effects = Effects(graph, inputs)
-    views = effects.views_of(compressed)
+    views = [node for node in graph.nodes if is_traced_view(node.meta.get("example_value"))]
     for writer, written in effects.writes:
-        if written in views:
-            weight = views[written]
-            raise write_refused(f"{weight_name(weight)}: {op_name(writer)}", compressed[weight])
+        if any(effects.share(written, view) for view in views):
+            weight = _weight_above(written, compressed)
+            name = "" if weight is None else f"{weight_name(weight)}: "
+            raise view_write_refused(f"{name}{op_name(writer)}")
         if any(effects.share(written, given) for given in read_only):
             raise view_write_refused(op_name(writer))
     (results,) = graph.output_node().args
     several = results if isinstance(results, tuple | list) else (results,)
-    return tuple(i for i, result in enumerate(several) if result in views and result not in compressed)
+    is_view = [isinstance(each, fx.Node) and any(effects.share(each, view) for view in views) for each in several]
+    return tuple(i for i, view in enumerate(is_view) if view)
+
+
+def _weight_above(node: fx.Node, compressed: Container[fx.Node]) -> fx.Node | None:
+    """The first compressed weight that a node is made from."""
+    while node not in compressed and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node if node in compressed else None
 
 
 def read_only_results(call: Callable[..., Any], positions: Sequence[int]) -> Callable[..., Any]:
@@ -49,7 +59,7 @@ def read_only_results(call: Callable[..., Any], positions: Sequence[int]) -> Cal
     def run(*args: Any) -> Any:
         results = list(call(*args))
         for i in positions:
-            results[i] = ReadOnly.of(results[i])
+            results[i] = ReadOnly.keeping_grad(results[i])
         return tuple(results)
 
     return run

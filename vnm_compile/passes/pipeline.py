@@ -17,6 +17,7 @@ from vnm_compile.annotate import annotations_by_weight
 from vnm_compile.options import Options
 from vnm_compile.passes.find import Site, find_linears
 from vnm_compile.passes.higher_order import flatten
+from vnm_compile.passes.lost_writes import refuse_lost_writes
 from vnm_compile.passes.merge import Unit, merge
 from vnm_compile.passes.plan import Decision, plan
 from vnm_compile.passes.rewrite import Rewritten, rewrite
@@ -35,6 +36,7 @@ class Progress:
         options: ours.
         measure: times sparse against dense; None where nothing can be measured.
         names: of layers by the id of their weight, where more is known than the graph tells.
+        read_only: positions of results that are views of compressed weights.
         sites: every multiplication by a stored weight.
         decisions: one a site.
         units: what becomes one op.
@@ -46,6 +48,7 @@ class Progress:
     options: Options
     measure: Measure | None = None
     names: Mapping[int, str] | None = None
+    read_only: tuple[int, ...] = ()
     sites: Sequence[Site] = ()
     decisions: Sequence[Decision] = ()
     units: Sequence[Unit] = ()
@@ -70,6 +73,10 @@ def _flatten(progress: Progress) -> Progress:
     return replace(progress, gm=flatten(progress.gm))
 
 
+def _refuse(progress: Progress) -> Progress:
+    return replace(progress, read_only=refuse_lost_writes(progress.gm.graph, progress.inputs))
+
+
 def _find(progress: Progress) -> Progress:
     return replace(progress, sites=find_linears(progress.gm.graph, progress.inputs))
 
@@ -90,6 +97,7 @@ def _rewrite(progress: Progress) -> Progress:
 
 FIND = (
     Pass("flatten", _flatten, _graph),
+    Pass("refuse lost writes", _refuse, lambda p: (f"result {i}: a view of a compressed weight" for i in p.read_only)),
     Pass("find", _find, lambda p: (f"{s.node.name}: {s.name} ({s.reason or 'may be sparse'})" for s in p.sites)),
 )
 PLAN = (Pass("plan", _plan, lambda p: (f"{d.name}: {d.spec or 'dense'} ({d.reason})" for d in p.decisions)),)
