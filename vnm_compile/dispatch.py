@@ -140,7 +140,8 @@ class _Binding:
 
 def _stored_alike(weight: VNMTensor, group: PackedInput) -> bool:
     """Whether a compressed weight follows the pattern, and lies the way round, that a graph was compiled for."""
-    return weight.spec == group.spec and weight._transposed == group.transposed[0]
+    stored = weight._checked  # once: every call asks
+    return stored.transposed == group.transposed[0] and stored.layout.spec == group.layout.spec
 
 
 def _gpu_checks(watches: Sequence[Watch]) -> list[Any]:

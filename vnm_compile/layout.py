@@ -8,7 +8,7 @@ number of experts) becomes a field here, and an array in `names`; schemas and pa
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -48,10 +48,6 @@ class Layout:
 
     def __str__(self) -> str:
         return self.text
-
-    def of_rows(self, out_features: int) -> Layout:
-        """The layout of a weight with another number of rows: one part of joined weights, or all of them."""
-        return replace(self, out_features=out_features)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -251,10 +251,8 @@ class VNMTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         stored = self._stored  # whatever it is, it is checked where it is read
-        spec, flags = (
-            stored.layout.spec,
-            (stored.transposed, self.requires_grad, bool(getattr(self, "_is_param", False))),
-        )
+        spec = stored.layout.spec
+        flags = stored.transposed, self.requires_grad, bool(getattr(self, "_is_param", False))
         return _rebuild, (*stored.packed, (spec.v, spec.n, spec.m), tuple(self.shape), *flags)
 
     def __setstate__(self, state: Any) -> None:

@@ -18,7 +18,7 @@ from vnm_compile._torch import static_sizes, tree_leaves, unwrapped_errors
 from vnm_compile.backend import Prepared, prepare
 from vnm_compile.errors import VNMError
 from vnm_compile.inventory import dense_weights
-from vnm_compile.layers import linear_layers, plain_name
+from vnm_compile.layers import linear_layers
 from vnm_compile.options import Options
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def record_graphs(
 def _layer_names(model: nn.Module) -> dict[int, str]:
     """Names of what multiplies by weights, by the id of the weight; a graph after a graph break knows only a part."""
     others = {id(each.parameter): each.name for each in dense_weights(model)}
-    return {**others, **{id(layer.stored): plain_name(layer.name) for layer in linear_layers(model)}}
+    return {**others, **{id(layer.stored): layer.name for layer in linear_layers(model)}}
 
 
 def used_parameters(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vnm_compile.format import Packed
@@ -25,7 +26,7 @@ class AlignedRows(Prepack):
         its memory than at a multiple of 16 bytes is copied."""
         values, metadata, columns = packed
         if not (columns.is_contiguous() and _begins_aligned(columns)):
-            columns = columns.contiguous().clone()
+            columns = columns.clone(memory_format=torch.contiguous_format)
         return packed.remade((_aligned(values), _aligned(metadata), columns))
 
     def renew(self, kept: Packed, fresh: Packed) -> Packed:
