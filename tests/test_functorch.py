@@ -129,6 +129,25 @@ def test_transforms_inside_of_the_compiled_function():
     torch.testing.assert_close(compiled(x), function(x), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transform", INSIDE.values(), ids=INSIDE)
+def test_transforms_of_compressed_layers_under_autocast(transform, bias):
+    """Torch cuts a linear in a transform into a product, which autocast casts, and an addition, which it does not."""
+    dense = nn.Linear(42, 33, bias=bias).requires_grad_(False)
+    dense.weight.copy_(WEIGHT)
+    layer, x = nn.Linear(42, 33, bias=bias).requires_grad_(False), torch.randn(3, 42)
+    layer.weight, layer.bias = nn.Parameter(vnm.compress(dense.weight, SPEC), requires_grad=False), dense.bias
+
+    def function(t):
+        return transform(layer, t)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = transform(dense, x)
+        actual = torch.compile(function, backend="vnm", options={"vnm.policy": "memory"})(x)
+    assert (actual.dtype, actual.shape, actual.stride()) == (expected.dtype, expected.shape, expected.stride())
+    torch.testing.assert_close(actual, expected, atol=2e-2 * expected.abs().max().item(), rtol=2e-2)
+
+
 @pytest.mark.parametrize("store", ["dense", "compressed"])
 def test_around_the_compiled_function(store):
     weight = vnm.compress(WEIGHT.float(), SPEC) if store == "compressed" else WEIGHT.float()

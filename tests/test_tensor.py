@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import multiprocessing
 import operator
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -342,6 +344,22 @@ def test_moves_keep_what_a_kernel_trusts():
     fake = FakeTensorMode().from_tensor(weight)
     assert F.linear(torch.empty(5, 48, device="meta"), weight.to("meta")).shape == (5, 64)
     assert (type(fake), fake.shape) == (VNMTensor, weight.shape)
+
+
+@pytest.mark.parametrize("change", ["to", "half", "float", "to_empty"])
+def test_garbage_that_refers_to_a_weight_is_in_nobodys_way(change):
+    """Module.to swaps tensors, which torch refuses while anything refers to one weakly: Dynamo's leavings do."""
+    layer = nn.Linear(32, 32, bias=False)
+    layer.weight = nn.Parameter(compress(random_sparse(32, 32, "16:2:8"), "16:2:8"), requires_grad=False)
+    gc.disable()
+    try:
+        leavings = [weakref.ref(layer.weight)]
+        leavings.append(leavings)
+        del leavings
+        getattr(layer, change)(**{"device": "cpu"} if "to" in change else {})
+    finally:
+        gc.enable()
+    assert layer.weight.dtype == (torch.float16 if change == "half" else torch.float32)
 
 
 @pytest.mark.parametrize("swap", [False, True])

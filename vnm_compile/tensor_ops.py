@@ -6,13 +6,15 @@ the dense weight, unpacked for that op alone.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vnm_compile._torch import tree_leaves, tree_map_only, without_torch_function
+from vnm_compile._torch import in_transform, tree_leaves, tree_map_only, without_torch_function
 from vnm_compile.errors import VNMError
 from vnm_compile.ops import linear
 from vnm_compile.read_only import ReadOnly, note_traced_views
@@ -72,11 +74,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if isinstance(bias, VNMTensor) or (bias is not None and bias.dim() > 1):
         return NotImplemented
+    cast = torch.is_autocast_enabled(weight.device.type)
+    if bias is not None and cast and in_transform():
+        return NotImplemented  # a product and an addition there, of which autocast casts the product only
     y = linear(input, weight.packed, weight.layout_of_arrays)
     if bias is None:
         return y
     # Under autocast the bias takes the dtype of the result, as that of F.linear does.
-    if bias.dtype != y.dtype and torch.is_autocast_enabled(y.device.type):
+    if bias.dtype != y.dtype and cast:
         bias = bias.to(y.dtype)
     return y + bias if bias.dtype == y.dtype else NotImplemented
 
@@ -116,6 +121,15 @@ def _set_data(target: VNMTensor, source: Tensor) -> Any:
     return None
 
 
+def _moved(weight: Any, *_: Any, **__: Any) -> Any:
+    """`weight.to(...)` and the like, which `module.to(...)` calls before it swaps the weight for the result. A swap is
+    refused while anything refers to the weight weakly, and compilations that Dynamo began anew or gave up leave such
+    references in cycles of garbage."""
+    if not torch.compiler.is_compiling() and weakref.getweakrefs(weight):
+        gc.collect()
+    return NotImplemented
+
+
 def _dlpack(tensor: Tensor, *_: Any, **__: Any) -> Any:
     return tensor.__dlpack__()
 
@@ -140,6 +154,11 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.utils.dlpack.to_dlpack: _dlpack,
     Tensor.storage: _storage,
     Tensor._typed_storage: _storage,
+    torch.empty_like: _moved,
+    **dict.fromkeys(
+        (Tensor.to, Tensor.type, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+        _moved,
+    ),
 }
 
 

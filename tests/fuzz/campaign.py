@@ -111,7 +111,6 @@ class Campaign:
         return (
             time.monotonic() - self.start > 60 * plan.minutes
             or (reached != [] and all(reached))
-            or (plan.cases is not None and self.next >= plan.seed + plan.cases)
             or (plan.first_fault and t.failed > 0)
         )
 
@@ -124,13 +123,9 @@ class Campaign:
             return seeds
 
     def _work(self, number: int) -> None:
-        while not self._over():
-            todo = self._take(CASES_A_PROCESS)
-            while todo and not self._over_time():
+        while not self._over() and (todo := self._take(CASES_A_PROCESS)):
+            while todo and not self._over():
                 todo = self._process(number, todo)
-
-    def _over_time(self) -> bool:
-        return time.monotonic() - self.start > 60 * self.plan.minutes
 
     def _process(self, number: int, seeds: list[int]) -> list[int]:
         """Run seeds in one process; those that are left if it dies."""

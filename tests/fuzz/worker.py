@@ -52,7 +52,11 @@ def case(seed: int, work: dict[str, Any]) -> dict[str, Any]:
         small = shrink(program, outcome, run, work["shrink"]) if work["shrink"] else program
         final = run(small) if small is not program else outcome
         record["signature"] = f"{outcome.signature} [{', '.join(sorted({step.kind for step in small.steps}))}]"
-        record["report"] = report(seed, small, final)
+        if final.status in ("wrong", "raises"):
+            record["report"] = report(seed, small, final)
+        else:  # what ran before in this process, or time, has a part in it
+            record["report"] = f"{report(seed, program, outcome)}\n  not seen again in a second run"
+            small = program
         if work["out"]:
             path = Path(work["out"])
             path.mkdir(parents=True, exist_ok=True)
