@@ -1,4 +1,4 @@
-"""The ways to run a model that are compared: three dense ones a user could pick, and ours."""
+"""The ways to run a model that are compared: four dense ones a user could pick, and ours."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ OURS = "vnm"
 
 
 def contenders(model: nn.Module, args: tuple[Any, ...], policy: str) -> dict[str, Callable[[], Any]]:
-    """Eager, compiled, compiled with frozen weights, and `backend="vnm"`, each bound to its arguments."""
+    """Eager, compiled, frozen, frozen and autotuned, and `backend="vnm"`, each bound to its arguments."""
     compiled: dict[str, Callable[..., Any]] = {
         "eager": model,
         "compile": torch.compile(model),
         "freezing": _frozen(model, args),
+        "max-autotune": _frozen(model, args, max_autotune=True),
         OURS: torch.compile(model, backend="vnm", options={"vnm.policy": policy}),
     }
     return {name: partial(call, *args) for name, call in compiled.items()}
 
 
-def _frozen(model: nn.Module, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Compiled with its weights frozen; Dynamo looks at the global switch when it traces, the option comes too late."""
-    compiled = torch.compile(model, options={"freezing": True})
+def _frozen(model: nn.Module, args: tuple[Any, ...], **options: Any) -> Callable[..., Any]:
+    """Compiled with its weights frozen; Dynamo looks at the global switch when it traces, the option comes too late.
+
+    On CPUs Inductor's autotuning has templates of its own for frozen weights only.
+    """
+    compiled = torch.compile(model, options={"freezing": True, **options})
     with config.patch(freezing=True), torch.no_grad():
         compiled(*args)
     return compiled

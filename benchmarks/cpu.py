@@ -1,8 +1,8 @@
 """Sparse against dense on this machine's CPU: `python -m benchmarks.cpu [--quick] [--sections layers,small,models]`.
 
-Every row times four ways of computing the same thing in turn: eager, torch.compile, torch.compile with freezing, and
-backend="vnm". The ratio is that of the medians, the fastest of the three dense ones over ours; the quartiles are those
-of the ratio round by round. Results go to benchmarks/results (JSON, PNG) and into docs/performance.md.
+Every row times five ways of computing the same thing in turn: eager, torch.compile, with freezing, with freezing and
+max-autotune, and backend="vnm". The ratio is that of the medians, the fastest of the dense ones over ours; quartiles
+are of the ratio round by round. Results go to benchmarks/results (JSON, PNG) and into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks import cpu_layers, cpu_models
 from benchmarks.contenders import OURS
+from benchmarks.machine import machine
 from benchmarks.report import Row, markdown, plot, replace_between, show
 from benchmarks.timing import Result
 
@@ -54,15 +54,6 @@ def _models(quick: bool, seconds: float) -> Iterator[Row]:
         yield _row("models", result, (name, "", str(cpu_models.SPEC), ""), None, cpu_models.MODELS[name][0])
 
 
-def _machine() -> dict[str, str | int]:
-    return {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
 def _measure(section: str, quick: bool, seconds: float) -> list[Row]:
     rows = []
     for row in _models(quick, seconds) if section == "models" else _layers(section, quick, seconds):
@@ -76,7 +67,7 @@ def _save(section: str, rows: list[Row]) -> None:
     path = RESULTS / "cpu.json"
     RESULTS.mkdir(exist_ok=True)
     saved = json.loads(path.read_text()) if path.exists() else {}
-    saved[section] = {"machine": _machine(), "rows": [row._asdict() for row in rows]}
+    saved[section] = {"machine": machine(), "rows": [row._asdict() for row in rows]}
     path.write_text(json.dumps(saved, indent=1) + "\n")
     plot(rows, RESULTS / f"cpu_{section}.png", SECTIONS[section])
     replace_between(ROOT / "docs" / "performance.md", f"cpu {section}", markdown(rows))

@@ -44,11 +44,16 @@ def contenders(case: Case, layers: Sequence[nn.Linear], x: Tensor) -> dict[str, 
     def apply_sparse(layer: nn.Linear, x: Tensor) -> Tensor:
         return layer(x)
 
+    def apply_tuned(layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x)
+
     dense = torch.compile(apply)
+    tuned = torch.compile(apply_tuned, mode="max-autotune-no-cudagraphs")
     ours = torch.compile(apply_sparse, backend=vnm, options={"vnm.policy": "memory"})
     calls = {
         "cuBLAS": [partial(torch.nn.functional.linear, x, layer.weight) for layer in layers],
         "compile": [partial(dense, layer, x) for layer in layers],
+        "max-autotune": [partial(tuned, layer, x) for layer in layers],
         OURS: [partial(ours, layer, x) for layer in layers],
     }
     return calls

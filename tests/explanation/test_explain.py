@@ -140,3 +140,17 @@ def test_markup_and_formulas_in_plots(tmp_path):
     report = vnm.sparsify(model, "16:2:8", progress=False)
     report.plot(tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").exists()
+
+
+def test_what_stays_in_memory_is_said():
+    """A dense weight stays beside its packed arrays; compressed, nothing dense is left."""
+    model, x = make_sparse_(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 20)).eval(), "16:2:8"), torch.randn(3, 32)
+    with torch.no_grad():
+        totals = vnm.explain(model, x, options=SPARSE).totals
+        assert totals["resident_bytes"] == totals["dense_bytes"] + totals["stored_bytes"]
+        assert "compress_model" in str(vnm.explain(model, x, options=SPARSE))
+        vnm.compress_model(model)
+        found = vnm.explain(model, x, options=SPARSE)
+    assert found.totals["resident_bytes"] == found.totals["stored_bytes"] < found.totals["dense_bytes"]
+    assert "In memory stay" not in str(found)
+    assert found.to_dict()["layers"][0]["resident_bytes"] == found["0"].stored_bytes

@@ -15,7 +15,7 @@ from vnm_compile.backend import Prepared
 from vnm_compile.checks import why_unusable
 from vnm_compile.cost import CostModel
 from vnm_compile.explanation.explanation import Explanation
-from vnm_compile.explanation.layer import LayerReport
+from vnm_compile.explanation.layer import COMPRESSED, LayerReport
 from vnm_compile.format import matches, pack
 from vnm_compile.inventory import dense_weights
 from vnm_compile.layers import Layer, linear_layers, plain_name
@@ -24,8 +24,6 @@ from vnm_compile.passes import Decision
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.weights import detected_spec
-
-COMPRESSED = "stored compressed"
 
 
 def describe_graphs(

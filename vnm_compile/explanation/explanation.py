@@ -41,13 +41,16 @@ class Explanation(Printed):
             "sparse": sum(layer.decision == "sparse" for layer in self.layers),
             "dense_bytes": sum(layer.dense_bytes or 0 for layer in self.layers),
             "stored_bytes": sum(layer.stored_bytes or 0 for layer in self.layers),
+            "resident_bytes": sum(layer.resident_bytes or 0 for layer in self.layers),
             "dense_seconds": sum(s.dense_seconds or 0 for s in timed) if timed else None,
             "seconds": sum(s or 0 for s in chosen) if timed else None,
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""
-        layers = [{**asdict(layer), "speedup": layer.speedup} for layer in self.layers]
+        layers = [
+            {**asdict(layer), "speedup": layer.speedup, "resident_bytes": layer.resident_bytes} for layer in self.layers
+        ]
         return {"layers": layers, "totals": self.totals, "graphs": self.graphs, "device": self.device}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+COMPRESSED = "stored compressed"
+"""How the reason of a layer begins whose weight is kept compressed: nothing dense is in memory."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -40,6 +43,14 @@ class LayerReport:
     limit: float | None = None
     crossover: float | None = None
     linear: bool = True
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Bytes that the weight takes in memory while the compiled model lives. A dense weight stays beside what was
+        packed from it: the model still owns it, and may write to it."""
+        if self.dense_bytes is None or self.reason.startswith(COMPRESSED):
+            return self.stored_bytes
+        return self.dense_bytes + ((self.stored_bytes or 0) if self.decision == "sparse" else 0)
 
     @property
     def speedup(self) -> float | None:

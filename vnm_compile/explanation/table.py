@@ -53,10 +53,16 @@ def summary(layers: Sequence[LayerReport], totals: Mapping[str, Any], device: st
     from rich.filesize import decimal
 
     what = "linears" if all(layer.linear for layer in layers) else "linears and other weights"
+    stored, dense, resident = (decimal(totals[f"{kind}_bytes"]) for kind in ("stored", "dense", "resident"))
     lines = [
-        f"{totals['sparse']} of {totals['layers']} {what} run sparse; the weights of all take "
-        f"{decimal(totals['stored_bytes'])} as they run, {decimal(totals['dense_bytes'])} dense."
+        f"{totals['sparse']} of {totals['layers']} {what} run sparse; the weights of all take {stored} as they run, "
+        f"{dense} dense."
     ]
+    if totals["resident_bytes"] > totals["dense_bytes"]:
+        lines.append(
+            f"In memory stay {resident}: the dense weights beside what is packed of them, until "
+            "vnm.compress_model(model) lets them go."
+        )
     if totals["seconds"] is not None:
         lines.append(
             f"Measured time in linears: {totals['seconds'] * 1e3:.2f} ms a pass, "
