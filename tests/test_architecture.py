@@ -250,3 +250,9 @@ def test_examples_have_a_main():
     for path in (PACKAGE.parent / "examples").glob("*.py"):
         functions = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
         assert "main" in functions, path.name
+
+
+def test_every_mistake_has_a_kind():
+    """Nothing makes a bare VNMError: `errors.py` has a class for each kind of mistake."""
+    bare = re.compile(r"(raise|return|=)\s+VNMError\(")
+    assert not [str(path) for path in FILES if bare.search(path.read_text())]

@@ -22,6 +22,11 @@ MISTAKES = {
     "data": (lambda: as_batches("a text"), errors.BadCalibration),
     "spec": (lambda: vnm.Spec.parse("64:2"), errors.BadOption),
     "target": (lambda: find_target("sm_70"), errors.BadOption),
+    "model": (lambda: vnm.annotate("a model", "64:2:8"), errors.BadModel),
+    "selection": (lambda: vnm.annotate(nn.Sequential(nn.ReLU()), "64:2:8"), errors.NothingSelected),
+    "write": (lambda: vnm.compress(torch.zeros(64, 64), "64:2:8").zero_(), errors.RefusedWrite),
+    "arrays": (lambda: vnm.VNMTensor(*[torch.zeros(2)] * 3, vnm.Spec(64, 2, 8), (64, 64)), errors.DamagedWeight),
+    "scores": (lambda: vnm.prune.project(torch.full((64, 64), torch.nan), "64:2:8"), errors.BadScores),
 }
 
 

@@ -82,3 +82,23 @@ def test_limits_are_those_of_the_machine():
     for card in CARDS:
         with virtual_device(card):
             assert CostModel.on("cuda", *sizes).balance == card.half_flops / card.bandwidth
+
+
+def test_fp32_counts_as_what_it_is_computed_in():
+    sizes = (4096, 4096, Spec(64, 2, 8), torch.float32)
+    card = CARDS[0]
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        with virtual_device(card):
+            for precision, rate in (("ieee", card.fp32_flops), ("tf32", card.tf32_flops)):
+                torch.backends.cuda.matmul.fp32_precision = precision
+                assert CostModel.on("cuda", *sizes).balance == rate / card.bandwidth
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_a_dense_layer_has_no_pattern():
+    dense, sparse = (CostModel.on("cpu", 256, 128, spec, torch.float32) for spec in (None, Spec(64, 2, 8)))
+    for tokens in (1, 1000):
+        assert dense.time_at(tokens, sparse=True) == dense.time_at(tokens, sparse=False)
+        assert dense.time_at(tokens, sparse=False) == sparse.time_at(tokens, sparse=False)

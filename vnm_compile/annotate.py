@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vnm_compile.checks import check_usable, why_unusable
-from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.errors import BadOption, NothingSelected, UnsupportedWeight, VNMError, at_layer
 from vnm_compile.layers import Layer, linear_layers, plain_name, shared_weights
 from vnm_compile.session import session
 from vnm_compile.spec import Spec
@@ -87,7 +87,7 @@ def select_layers(
     specs = {key: None if rule is None else Spec.parse(rule) for key, rule in rules.items()}
     wanted, unwanted = _selectors("include", include), _selectors("exclude", exclude)
     if wanted == ():
-        raise VNMError("include is empty and names no layer; leave it out to take all layers.")
+        raise NothingSelected("include is empty and names no layer; leave it out to take all layers.")
     unused = {*rules, *(wanted or ()), *(unwanted or ())}
     every = frozenset(unused)
     shared, head, adapters = shared_weights(model), _inside(_output_head(model)), _adapters(model)
@@ -107,10 +107,10 @@ def select_layers(
         if named or not (layer.module in head or _too_small(layer, chosen)):
             selected.append((layer, chosen))
     if unused and not layers:
-        raise VNMError("the model has no linear layer (nn.Linear, or Conv1D of transformers).")
+        raise NothingSelected("the model has no linear layer (nn.Linear, or Conv1D of transformers).")
     if unused:
         shown = ", ".join(sorted(s if isinstance(s, str) else s.__name__ for s in unused))
-        raise VNMError(f"no linear layer of the model fits {shown}; vnm.explain(model) lists their names.")
+        raise NothingSelected(f"no linear layer of the model fits {shown}; vnm.explain(model) lists their names.")
     return selected
 
 
@@ -177,7 +177,7 @@ def _rules(
     if not isinstance(spec, Mapping):
         return {"*": Spec.parse(spec)}
     if not spec:
-        raise VNMError('no pattern is given: the mapping is empty; write {"*.mlp.*": "64:2:8"}, for example.')
+        raise BadOption('no pattern is given: the mapping is empty; write {"*.mlp.*": "64:2:8"}, for example.')
     return dict(zip(_selectors("a key of spec", spec) or (), spec.values(), strict=True))
 
 
@@ -187,7 +187,7 @@ def _selectors(what: str, given: Iterable[Selector] | Selector | None) -> tuple[
     several = (given,) if isinstance(given, str | type) or not isinstance(given, Iterable) else tuple(given)
     for each in several:
         if not isinstance(each, str | type):
-            raise VNMError(f"{what} is {each!r}; a selector is a layer name, a glob such as '*.mlp.*', or a class.")
+            raise BadOption(f"{what} is {each!r}; a selector is a layer name, a glob such as '*.mlp.*', or a class.")
     return tuple(plain_name(each) if isinstance(each, str) else each for each in several)
 
 
@@ -209,6 +209,7 @@ def _shared_error(layer: Layer, places: Sequence[str]) -> VNMError:
         f"its weight is also {others}, which would change with it. Untie it first (layer.weight = "
         "nn.Parameter(layer.weight.detach().clone()); in transformers also config.tie_word_embeddings = False), "
         "or leave this layer out.",
+        UnsupportedWeight,
     )
 
 
@@ -254,7 +255,7 @@ def _too_small(layer: Layer, spec: Spec) -> bool:
 def _nothing_selected(model: nn.Module, spec: object) -> VNMError:
     count = sum(1 for _ in linear_layers(model))
     shown = ", ".join(map(str, spec.values())) if isinstance(spec, Mapping) else str(spec)
-    return VNMError(
+    return NothingSelected(
         f"no linear layer (of {count}) is left to annotate with {shown}: output heads, tied weights, adapters and "
         "layers smaller than one block (V rows, M columns) are left out. Choose a smaller V or M, or name the layers: "
         "include=[...]."

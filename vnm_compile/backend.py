@@ -29,7 +29,7 @@ from vnm_compile._torch import (
 from vnm_compile.codegen.inductor import check_options, compile_graph, mode_options
 from vnm_compile.codegen.measure import measure
 from vnm_compile.contents import contents, known_storages
-from vnm_compile.errors import VNMError, for_dynamo
+from vnm_compile.errors import BadModel, VNMError, for_dynamo
 from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
 from vnm_compile.passes import (
@@ -176,7 +176,7 @@ def refresh(model: nn.Module) -> None:
     not belong to a module, all that were packed are looked at, which takes as long as reading them once.
     """
     if not isinstance(model, nn.Module):
-        raise VNMError(f"vnm.refresh takes a module, not a {type(model).__name__}.")
+        raise BadModel(f"vnm.refresh takes a module, not a {type(model).__name__}.")
     dispatch.forget()
 
 

@@ -16,7 +16,7 @@ from vnm_compile.annotate import (
     set_annotation,
 )
 from vnm_compile.checks import check_usable
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import NothingSelected
 from vnm_compile.format import matches
 from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
@@ -48,7 +48,9 @@ def compress_model(
     """
     chosen = _patterns(model, spec, include, exclude)
     if not chosen and not any(isinstance(layer.stored, VNMTensor) for layer in linear_layers(model)):
-        raise VNMError("no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one.")
+        raise NothingSelected(
+            "no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one."
+        )
     for layer, layer_spec in chosen:
         if not matches(layer.weight, layer_spec):
             compress(layer.weight, layer_spec, layer.name)  # raises, and shows where

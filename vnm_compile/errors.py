@@ -38,8 +38,44 @@ class UnsupportedWeight(VNMError):
     """A weight cannot be compressed or pruned: its dtype, layout or size, or it is shared, or has no usable values."""
 
 
+class DamagedWeight(VNMError):
+    """What claims to be a compressed weight is none: arrays are missing, do not fit together, or break the format."""
+
+
+class RefusedWrite(VNMError):
+    """Something writes into a compressed weight, or asks for memory that it could be written through."""
+
+
+class BadModel(VNMError):
+    """What was given as the model is none, or cannot be looked into as was asked for."""
+
+
+class NothingSelected(VNMError):
+    """No layer is left to work on: nothing fits `include`, or everything is left out, or no weight is large enough."""
+
+
 class BadCalibration(VNMError):
     """Calibration data is no model input, reaches no layer, or holds NaN or infinity."""
+
+
+class BadLoss(VNMError):
+    """A loss is no finite number, does not depend on a weight, or cannot be made from what the model returns."""
+
+
+class BadScores(VNMError):
+    """Scores that a mask is to be chosen by are no matrix, or hold NaN."""
+
+
+class BadPermutation(VNMError):
+    """An order of channels is no permutation, or one that the model does not allow."""
+
+
+class NoCandidate(VNMError):
+    """No pattern among the candidates does what was asked for."""
+
+
+class MissingPackage(VNMError):
+    """A package that this needs is not installed; the message has the command."""
 
 
 class BadOption(VNMError):

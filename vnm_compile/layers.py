@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadModel
 
 _COMPILED = "_orig_mod"
 
@@ -40,7 +40,7 @@ class Layer:
 def check_module(model: object) -> None:
     """Raise a VNMError where what was given as a model is none."""
     if not isinstance(model, nn.Module):
-        raise VNMError(f"the model is a {type(model).__name__}; give an nn.Module.")
+        raise BadModel(f"the model is a {type(model).__name__}; give an nn.Module.")
 
 
 def linear_layers(model: nn.Module) -> Iterator[Layer]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import DamagedWeight
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 _TEXT = re.compile(r"([0-9:]+) ([0-9]+)x([0-9]+)")
@@ -89,5 +89,7 @@ class Layout:
 def _parse(text: str) -> Layout:
     found = _TEXT.fullmatch(text)
     if found is None:
-        raise VNMError(f'{text!r} is no layout of a weight; it reads "64:2:8 4096x11008": pattern, rows x columns.')
+        raise DamagedWeight(
+            f'{text!r} is no layout of a weight; it reads "64:2:8 4096x11008": pattern, rows x columns.'
+        )
     return Layout(Spec.parse(found[1]), int(found[2]), int(found[3]))

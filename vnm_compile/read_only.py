@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vnm_compile._torch import FakeTensor, disabled_torch_function, tree_leaves, tree_map_only, without_dispatch
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import RefusedWrite, VNMError
 
 
 def view_write_refused(name: str) -> VNMError:
     """The error for an op that writes into a view of a compressed weight."""
-    return VNMError(
+    return RefusedWrite(
         f"{name} writes into a view of a compressed weight, where it would be lost. Call vnm.decompress_model(model) "
         "first, or clone the view."
     )

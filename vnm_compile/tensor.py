@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vnm_compile._torch import FakeTensor
-from vnm_compile.errors import UnsupportedWeight, VNMError, at_layer
+from vnm_compile.errors import DamagedWeight, RefusedWrite, UnsupportedWeight, VNMError, at_layer
 from vnm_compile.format import Packed, pack, unpack
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
@@ -35,7 +35,7 @@ def set_ops(torch_function: Handler, torch_dispatch: Handler) -> None:
 
 def write_refused(name: str, weight: VNMTensor) -> VNMError:
     """The error for an op that writes into a compressed weight."""
-    return VNMError(
+    return RefusedWrite(
         f"{name} writes into a compressed weight {list(weight.shape)}, which could leave its pattern {weight.spec}. "
         "Call vnm.decompress_model(model) first, and vnm.compress_model(model) after; a whole new weight is given to "
         "it by weight.data.copy_(dense)."
@@ -91,9 +91,9 @@ class VNMTensor(Tensor):
             spec = Spec(spec.v, spec.n, spec.m)
             first, second = (int(size) for size in shape)
         except (AttributeError, TypeError, ValueError) as error:
-            raise VNMError(f"not a compressed weight: pattern {spec!r:.100}, shape {shape!r:.100}.") from error
+            raise DamagedWeight(f"not a compressed weight: pattern {spec!r:.100}, shape {shape!r:.100}.") from error
         if min(first, second) < 0 or type(transposed) is not bool:
-            raise VNMError(f"not a compressed weight: shape {list(shape)}, transposed={transposed!r:.100}.")
+            raise DamagedWeight(f"not a compressed weight: shape {list(shape)}, transposed={transposed!r:.100}.")
         layout = Layout(spec, second, first) if transposed else Layout(spec, first, second)
         return cls._wrap(own_arrays(Packed(values, metadata, columns), layout), layout, transposed)
 
@@ -118,14 +118,14 @@ class VNMTensor(Tensor):
         if type(stored) is _Stored:
             return stored
         if type(stored) is not _Unchecked:
-            raise VNMError("not a compressed weight: it holds no arrays (a damaged or foreign file?).")
+            raise DamagedWeight("not a compressed weight: it holds no arrays (a damaged or foreign file?).")
         self._take(VNMTensor(*stored.packed, stored.layout.spec, self.shape, stored.transposed))
         return self._stored
 
     def _take(self, made: VNMTensor) -> None:
         """Hold the arrays of `made`, which are checked."""
         if (made.shape, made.dtype, made.device) != (self.shape, self.dtype, self.device):
-            raise VNMError(
+            raise DamagedWeight(
                 f"not a compressed weight: a {self.dtype} tensor {list(self.shape)} on {self.device} with "
                 f"{made.dtype} values of {list(made.shape)} on {made.device}."
             )
@@ -228,7 +228,9 @@ class VNMTensor(Tensor):
         return self.to_dense().__array__(dtype) if dtype is not None else self.to_dense().__array__()
 
     def __dlpack__(self, **_: Any) -> Any:  # type: ignore[override]
-        raise VNMError("a compressed weight has no dense memory to hand out; export weight.to_dense() instead.")
+        raise UnsupportedWeight(
+            "a compressed weight has no dense memory to hand out; export weight.to_dense() instead."
+        )
 
     def apply_(self, *_: Any) -> Tensor:  # type: ignore[override]
         """Refused: it writes."""
@@ -260,7 +262,7 @@ class VNMTensor(Tensor):
         state = state[0] if isinstance(state, tuple) else state
         arrays = [state.get(name) for name in Packed._fields] if isinstance(state, dict) else [None]
         if any(array is None for array in arrays):
-            raise VNMError("not a compressed weight: its state holds no arrays (a damaged or foreign file?).")
+            raise DamagedWeight("not a compressed weight: its state holds no arrays (a damaged or foreign file?).")
         made = VNMTensor(*arrays, state.get("spec"), self.shape, state.get("_transposed", False))  # type: ignore[call-arg]
         self._take(made)
         if state.get("_is_param") is True:
@@ -345,7 +347,7 @@ def _rebuild(
 ) -> VNMTensor:
     """A pickled weight, checked: the file may come from anyone."""
     if not isinstance(spec, tuple) or len(spec) != 3:
-        raise VNMError(f"not a compressed weight: its pattern is {spec!r:.100}.")
+        raise DamagedWeight(f"not a compressed weight: its pattern is {spec!r:.100}.")
     weight = VNMTensor(values, metadata, columns, Spec(*spec), shape, transposed)
     if is_parameter is True:
         weight._is_param = True  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile._torch import in_transform, tree_leaves, tree_map_only, without_torch_function
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import RefusedWrite
 from vnm_compile.ops import linear
 from vnm_compile.read_only import ReadOnly, note_traced_views
 from vnm_compile.tensor import VNMTensor, compress, set_ops, write_refused
@@ -111,7 +111,7 @@ def _set_item(target: Tensor, index: Any, value: Any) -> Any:
 def _set_data(target: VNMTensor, source: Tensor) -> Any:
     """`weight.data = source`: the arrays are replaced with everything else."""
     if not isinstance(source, VNMTensor):
-        raise VNMError(
+        raise RefusedWrite(
             f"weight.data = dense: the compressed weight {list(target.shape)} could not follow later writes into the "
             "dense tensor. Copy it (weight.data.copy_(dense)), or assign a compressed one (vnm.compress(dense, spec))."
         )
@@ -135,7 +135,7 @@ def _dlpack(tensor: Tensor, *_: Any, **__: Any) -> Any:
 
 
 def _storage(tensor: Tensor, *_: Any, **__: Any) -> Any:
-    raise VNMError(
+    raise RefusedWrite(
         "a compressed weight has no dense storage; weight.values, .metadata and .columns are what it stores, and "
         "weight.to_dense() is the dense weight."
     )
@@ -231,7 +231,7 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
     if packed.spec == target.spec and packed.shape == target.shape and packed._transposed != target._transposed:
         packed = _compressed_like(target, packed._unpacked())
     if (packed.spec, packed.shape) != (target.spec, target.shape):
-        raise VNMError(
+        raise RefusedWrite(
             f"a weight {list(packed.shape)} with pattern {packed.spec} cannot be copied into one "
             f"{list(target.shape)} with pattern {target.spec}; compress the model with the same patterns first."
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile._torch import FakeTensor
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadFile, DamagedWeight, VNMError
 from vnm_compile.format import Packed
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
@@ -50,7 +50,7 @@ def own_arrays(packed: Packed, layout: Layout) -> Packed:
     _check_form(packed, layout)
     owned = packed.remade(map(_owned, packed._fields, packed))
     if _storages_come_later():
-        raise VNMError("a compressed weight cannot be read from torch's format before 1.6; save it with torch.save.")
+        raise BadFile("a compressed weight cannot be read from torch's format before 1.6; save it with torch.save.")
     if not any(array.is_meta or isinstance(array, FakeTensor) for array in owned):
         with torch.no_grad():
             _check_contents(owned, layout)
@@ -133,4 +133,4 @@ def _tail_is_empty(packed: Packed, spec: Spec, real: int) -> bool:
 
 
 def _refused(what: str) -> VNMError:
-    return VNMError(f"not a compressed weight: {what}. {_REMEDY}")
+    return DamagedWeight(f"not a compressed weight: {what}. {_REMEDY}")

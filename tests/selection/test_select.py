@@ -11,6 +11,7 @@ from torch import nn
 
 import vnm_compile as vnm
 from vnm_compile.cost import CostModel
+from vnm_compile.selection import Trial
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.spec import Spec
 
@@ -61,7 +62,9 @@ def test_data_overrules_the_ranking():
         return -(pruned[0].weight == 0).sum()
 
     data = [torch.randn(32, 64)]
-    found = vnm.select_spec(model(), 3.0, CANDIDATES, seconds=by_density, calibration=data, loss=loss, progress=False)
+    found = vnm.select_spec(
+        model(), 3.0, CANDIDATES, seconds=by_density, calibration=data, trial=Trial(loss=loss), progress=False
+    )
     assert len(tried) == 3
     assert str(found.choice) == "16:2:16", "of the three best in rank the sparsest"
     assert found.chosen.loss == min(row.loss for row in found.candidates if row.loss is not None)
@@ -125,8 +128,8 @@ def test_mistakes():
         vnm.select_spec(model(), 2.0, seconds=lambda *_: "fast")
     with pytest.raises(vnm.VNMError, match="a loss has to be a finite number"):
         vnm.select_spec(
-            model(), 3.0, CANDIDATES, seconds=by_density, calibration=torch.randn(8, 64), loss=lambda *_: float("nan"),
-            progress=False,
+            model(), 3.0, CANDIDATES, seconds=by_density, calibration=torch.randn(8, 64),
+            trial=Trial(loss=lambda *_: float("nan")), progress=False,
         )  # fmt: skip
     for data in ("text", [torch.randn(8, 63)]):
         with pytest.raises(vnm.VNMError, match="calibration"):

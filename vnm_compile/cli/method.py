@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 from vnm_compile.prune import Method
 from vnm_compile.prune.methods import find_method
 
@@ -27,10 +27,10 @@ def method_with_options(name: str, options: Iterable[str]) -> Method:
     for each in options:
         key, _, text = each.partition("=")
         if key not in known:
-            raise VNMError(f"--option {each}: {name} has the options {', '.join(known)}; give NAME=VALUE.")
+            raise BadOption(f"--option {each}: {name} has the options {', '.join(known)}; give NAME=VALUE.")
         try:
             default = known[key]
             changes[key] = _BOOLEANS[text.lower()] if isinstance(default, bool) else type(default)(text)
         except (ValueError, KeyError) as error:
-            raise VNMError(f"--option {each}: {key} is such as {known[key]}.") from error
+            raise BadOption(f"--option {each}: {key} is such as {known[key]}.") from error
     return replace(method, **changes)  # type: ignore[type-var]

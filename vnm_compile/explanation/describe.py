@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -36,15 +36,17 @@ def describe_graphs(
         run: ids of those that a call of the model uses; None where that is not known.
     """
     device = next((p.device.type for p in model.parameters()), "cpu")
+    linears = list(linear_layers(model))
+    devices = {plain_name(layer.name): _device(layer) for layer in linears}
     reports: dict[str, LayerReport] = {}
     for graph in graphs:
-        for report in _graph_reports(graph, device):
+        for report in _graph_reports(graph, devices, device):
             # A layer that runs several times is sparse if it is once.
             if report.name not in reports or report.decision == "sparse":
                 reports[report.name] = report
-    for layer in linear_layers(model):
+    for layer in linears:
         if plain_name(layer.name) not in reports:
-            report = _by_weight(layer, device)
+            report = _by_weight(layer, devices[plain_name(layer.name)])
             if graphs or run is not None:
                 report = _outside(report, id(layer.stored), in_graphs, run)
             reports[report.name] = report
@@ -81,12 +83,21 @@ def _outside(report: LayerReport, weight: int, in_graphs: Container[int], run: C
     return replace(report, decision="dense", reason=reason, stored_bytes=stored)
 
 
-def _graph_reports(graph: Prepared, device: str) -> list[LayerReport]:
+def _device(layer: Layer) -> str:
+    """Where a layer's weight lies, with its index: a machine may have GPUs of several kinds."""
+    return next((str(each.device) for each in (layer.stored, *layer.module.parameters()) if each is not None), "cpu")
+
+
+def _graph_reports(graph: Prepared, devices: Mapping[str, str], device: str) -> list[LayerReport]:
+    """`devices`: where the weights of layers lie, by name; `device`: where those of others may be taken to lie."""
     companions: dict[int, tuple[str, ...]] = {}
     for unit in graph.units:
         for member in unit.members:
             companions[id(member)] = tuple(plain_name(other.name) for other in unit.members if other is not member)
-    return [_decided(decision, companions.get(id(decision), ()), device) for decision in graph.decisions]
+    return [
+        _decided(each, companions.get(id(each), ()), devices.get(plain_name(each.name), device))
+        for each in graph.decisions
+    ]
 
 
 def _decided(decision: Decision, joined: tuple[str, ...], device: str) -> LayerReport:

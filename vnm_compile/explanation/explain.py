@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from vnm_compile.backend import Prepared
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 from vnm_compile.explanation.describe import describe_graphs
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.inventory import dense_weights
@@ -39,7 +39,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     check_module(model)
     model = getattr(model, "_orig_mod", model)
     if options is not None and not isinstance(options, Mapping):
-        raise VNMError(f"options is a {type(options).__name__}; give a dict, as to torch.compile.")
+        raise BadOption(f"options is a {type(options).__name__}; give a dict, as to torch.compile.")
     ours, _ = split_options(options)
     if not args and not kwargs:
         return describe_graphs(model, [])

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadCalibration
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import unreached, watch_inputs
 
@@ -35,7 +35,7 @@ def held_out_errors(model: nn.Module, pruned: Sequence[Changed], batches: Sequen
         VNMError: there is no batch, the model does not take one, or no token reached a layer.
     """
     if not batches:
-        raise VNMError("held_out= holds no data; give held_out=[batch, ...], or leave it out.")
+        raise BadCalibration("held_out= holds no data; give held_out=[batch, ...], or leave it out.")
     squares = torch.zeros(2, len(pruned), dtype=torch.float64, device="cpu")
 
     def compare(index: int, x: Tensor) -> None:

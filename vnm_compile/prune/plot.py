@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadFile, MissingPackage
 from vnm_compile.names import printable
 from vnm_compile.prune.outcome import LayerPruned
 
@@ -21,7 +21,7 @@ def plot_layers(layers: Sequence[LayerPruned], title: str, path: str | Path) -> 
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as missing:
-        raise VNMError("a plot needs matplotlib: pip install 'vnm-compile[plot]'.") from missing
+        raise MissingPackage("a plot needs matplotlib: pip install 'vnm-compile[plot]'.") from missing
     series: dict[str, list[float | None]] = {
         "output error, held out": [layer.held_out_error for layer in layers],
         "output error, calibration": [layer.output_error for layer in layers],
@@ -47,4 +47,4 @@ def plot_layers(layers: Sequence[LayerPruned], title: str, path: str | Path) -> 
     try:
         figure.savefig(path)
     except (ValueError, OSError) as error:
-        raise VNMError(f"the plot cannot be written to {path}: {error}") from error
+        raise BadFile(f"the plot cannot be written to {path}: {error}") from error

@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadScores
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 EXACT_UP_TO = 16
@@ -37,9 +37,9 @@ def project(scores: Tensor, spec: Spec | str) -> Tensor:
     """
     spec = Spec.parse(spec)
     if scores.dim() != 2:
-        raise VNMError(f"scores have shape {list(scores.shape)}; expected a matrix [out_features, in_features].")
+        raise BadScores(f"scores have shape {list(scores.shape)}; expected a matrix [out_features, in_features].")
     if scores.isnan().any():
-        raise VNMError("the scores hold NaN, so there is no largest sum; look for NaN in the weight or activations.")
+        raise BadScores("the scores hold NaN, so there is no largest sum; look for NaN in the weight or activations.")
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores  # sums need the digits
     out_features, in_features = scores.shape
     rows, groups = spec.rows(out_features), spec.groups(in_features)

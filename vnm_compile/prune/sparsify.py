@@ -12,7 +12,7 @@ from torch import nn
 
 from vnm_compile.annotate import Selector, select_layers, set_annotation
 from vnm_compile.checks import check_usable
-from vnm_compile.errors import UnsupportedWeight, VNMError, at_layer
+from vnm_compile.errors import BadCalibration, BadOption, NothingSelected, UnsupportedWeight, at_layer
 from vnm_compile.inventory import others
 from vnm_compile.layers import Layer
 from vnm_compile.memory import return_freed_memory
@@ -116,7 +116,9 @@ def _selected(
     """The layers that are meant, all of them looked at."""
     selected = select_layers(model, spec, include, exclude)
     if not selected:
-        raise VNMError("no layer of the model is large enough for this pattern; choose a smaller V or name the layers.")
+        raise NothingSelected(
+            "no layer of the model is large enough for this pattern; choose a smaller V or name the layers."
+        )
     _check([layer for layer, _ in selected])
     return selected
 
@@ -152,7 +154,7 @@ def _row(pruned: Pruned, unseen: float | None, shares: Shares) -> LayerPruned:
 
 def _check_checkpoint(method: Method, checkpoint: str | Path | None) -> None:
     if checkpoint is not None and not method.resumable:
-        raise VNMError(
+        raise BadOption(
             f'checkpoint= is for methods that prune layer by layer; "{method.name}" prunes all layers in every step. '
             "Save the model in the retrain callback instead."
         )
@@ -163,7 +165,7 @@ def _batches(calibration: Iterable[Any] | None, method: Method, permute: bool) -
     if (method.needs_calibration or permute) and not batches:
         found = "there is none" if calibration is None else "it is empty (a generator that was used up?)"
         what = f'method="{method.name}"' if method.needs_calibration else "permute=True"
-        raise VNMError(f"{what} needs calibration data, and {found}; give calibration=[batch, ...].")
+        raise BadCalibration(f"{what} needs calibration data, and {found}; give calibration=[batch, ...].")
     return batches
 
 

@@ -2,5 +2,6 @@
 
 from vnm_compile.selection.select import CANDIDATES, select_spec
 from vnm_compile.selection.table import Candidate, Selection
+from vnm_compile.selection.trial import Trial
 
-__all__ = ["CANDIDATES", "Candidate", "Selection", "select_spec"]
+__all__ = ["CANDIDATES", "Candidate", "Selection", "Trial", "select_spec"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import MissingPackage, NoCandidate
 
 _GAP = 1e-4  # of the optimum that is left on the table for the sake of a bounded run time
 _MOST_SECONDS = 60.0
@@ -25,7 +25,7 @@ def assign(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], 
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import block_diag
     except ModuleNotFoundError as missing:
-        raise VNMError("a pattern per layer needs scipy: pip install 'vnm-compile[prune]'.") from missing
+        raise MissingPackage("a pattern per layer needs scipy: pip install 'vnm-compile[prune]'.") from missing
     if sum(min(row) for row in costs) > budget * (1 + 1e-9):
         return None
     flat_errors, flat_costs = np.concatenate(errors), np.concatenate(costs)
@@ -42,6 +42,6 @@ def assign(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], 
         options={"mip_rel_gap": _GAP, "time_limit": _MOST_SECONDS},
     )
     if result.x is None:
-        raise VNMError(f"the solver found no assignment of patterns: {result.message}")
+        raise NoCandidate(f"the solver found no assignment of patterns: {result.message}")
     ends = np.cumsum([len(row) for row in errors])[:-1]
     return [int(part.argmax()) for part in np.split(result.x, ends)]

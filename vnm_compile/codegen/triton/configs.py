@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vnm_compile.hardware import Target
+from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 DECODE_TOKENS = 32
@@ -185,7 +185,7 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     terms = KEPT_COLUMNS * groups
     narrow_t, narrow_o = min(1.0, config.block_t / _WIDE_TOKENS), min(1.0, config.block_o / _WIDE_ROWS)
     efficiency = narrow_t**_TOKENS_POWER * narrow_o**_ROWS_POWER
-    rate = target.peak_flops(shape.dtype, tf32=True) / target.multiprocessors * efficiency
+    rate = target.peak_flops(shape.dtype, allows_tf32()) / target.multiprocessors * efficiency
     multiply = weights * 2 * config.block_o * config.block_t * terms / rate
     # Warps that share rows expand each for itself.
     direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0

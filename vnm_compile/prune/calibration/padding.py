@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadCalibration
 
 # Names under which models take masks. In the second kind, torch's own, what is set is left out.
 _KEEPING = {"attention_mask": 0, "encoder_attention_mask": 0, "decoder_attention_mask": 1}
@@ -75,7 +75,7 @@ def real_positions(mask: Tensor, name: str = "attention_mask") -> Tensor:
         VNMError: it has another number of dimensions, or leaves nothing.
     """
     if mask.dim() not in (2, 3, 4):
-        raise VNMError(
+        raise BadCalibration(
             f"{name} has shape {list(mask.shape)}; expected [batch, positions] or [batch, 1, queries, keys]."
         )
     seen = mask > 0
@@ -89,7 +89,9 @@ def real_positions(mask: Tensor, name: str = "attention_mask") -> Tensor:
         telling = ~everything | everything[:, -1:]
         seen = (seen & telling.unsqueeze(2)).any(1)
     if mask.numel() and not bool(seen.any()):
-        raise VNMError(f"{name} hides every position of a calibration batch; expected 1 (or True) at real tokens.")
+        raise BadCalibration(
+            f"{name} hides every position of a calibration batch; expected 1 (or True) at real tokens."
+        )
     return seen
 
 

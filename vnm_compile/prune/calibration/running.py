@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadCalibration, VNMError
 from vnm_compile.prune.calibration.batches import check_ids, described
 from vnm_compile.prune.calibration.hooks import hooked
 
@@ -28,7 +28,7 @@ def run_model(model: nn.Module, batch: Any) -> Any:
         raise
     except Exception as error:
         said = (str(error).strip().splitlines() or [""])[0]
-        raise VNMError(
+        raise BadCalibration(
             f"the model does not take the calibration batch {described(batch)}: {type(error).__name__}: {said}. "
             "A batch is a tensor, a tuple of arguments or a dict of them, as the model is called with."
         ) from error

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import calibrating, plain_numerics
 from vnm_compile.prune.masks import hold_masks
@@ -64,7 +64,7 @@ class Fisher(Method):
     def __post_init__(self) -> None:
         for name in ("num_grads", "block_size", "steps", "memory", "damping"):
             if not getattr(self, name) > 0:
-                raise VNMError(f"Fisher({name}={getattr(self, name)!r}): it must be larger than 0.")
+                raise BadOption(f"Fisher({name}={getattr(self, name)!r}): it must be larger than 0.")
 
     @property
     def in_one_step(self) -> bool:

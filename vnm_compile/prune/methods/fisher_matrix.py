@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vnm_compile.errors import VNMError, at_layer
+from vnm_compile.errors import BadLoss, VNMError, at_layer
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import run_model
 from vnm_compile.prune.calibration.padding import Padding
@@ -105,23 +105,27 @@ def _noise_loss(model: nn.Module, batch: Any) -> Tensor:
     output = run_model(model, batch)
     while not isinstance(output, Tensor):
         if output is None or not len(output):
-            raise VNMError("the model returns no tensor; give a loss: method=vnm.prune.Fisher(loss=...).")
+            raise BadLoss("the model returns no tensor; give a loss: method=vnm.prune.Fisher(loss=...).")
         output = next(iter(output.values())) if hasattr(output, "values") else output[0]
     if not output.is_floating_point():
-        raise VNMError(f"the model returns {output.dtype}; give a loss: method=vnm.prune.Fisher(loss=...).")
+        raise BadLoss(f"the model returns {output.dtype}; give a loss: method=vnm.prune.Fisher(loss=...).")
     return (output * Padding(model, batch).clear(torch.randn_like(output))).sum()
+
+
+def _independent(part: Part) -> VNMError:
+    return at_layer(part.layer.name, "the loss does not depend on it; exclude it, or give another loss.", BadLoss)
 
 
 def _gradients(value: Tensor, weights: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite().all():
-        raise VNMError(f"the loss is {value!r}; it must be a tensor of one finite number.")
+        raise BadLoss(f"the loss is {value!r}; it must be a tensor of one finite number.")
     if not value.requires_grad:
-        raise at_layer(parts[0].layer.name, "the loss does not depend on it; exclude it, or give another loss.")
+        raise _independent(parts[0])
     gradients = torch.autograd.grad(value.sum(), list(weights), allow_unused=True)
     found = []
     for gradient, part in zip(gradients, parts, strict=True):
         if gradient is None:
-            raise at_layer(part.layer.name, "the loss does not depend on it; exclude it, or give another loss.")
+            raise _independent(part)
         found.append(part.cut(gradient.t() if part.layer.transposed else gradient))
     return found
 

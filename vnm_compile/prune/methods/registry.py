@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 from vnm_compile.prune.methods.fisher import Fisher
 from vnm_compile.prune.methods.magnitude import Magnitude
 from vnm_compile.prune.methods.method import Method
@@ -26,4 +26,4 @@ def find_method(method: Any) -> Method:
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
     classes = ", ".join(f"vnm.prune.{each.__name__}(...)" for each in METHODS.values())
-    raise VNMError(f"unknown method {method!r}; there are {', '.join(METHODS)}, and with options {classes}.")
+    raise BadOption(f"unknown method {method!r}; there are {', '.join(METHODS)}, and with options {classes}.")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import output_error
 from vnm_compile.prune.project import project
@@ -23,7 +23,7 @@ def check_norm(method: Any, norm: Any) -> None:
         VNMError: names the method and the norm.
     """
     if norm not in ("l1", "l2"):
-        raise VNMError(f"{type(method).__name__}(norm={norm!r}): it takes 'l1' or 'l2'.")
+        raise BadOption(f"{type(method).__name__}(norm={norm!r}): it takes 'l1' or 'l2'.")
 
 
 def prune_by_scores(layer: Layer, spec: Spec, norm: Norm, moment: Tensor | None = None) -> Pruned:

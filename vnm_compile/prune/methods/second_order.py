@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadOption
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import output_error
 from vnm_compile.prune.methods.layer_by_layer import LayerMethod
@@ -55,7 +55,7 @@ class SecondOrder(LayerMethod):
 
     def __post_init__(self) -> None:
         if not isinstance(self.damping, int | float) or not 0 <= self.damping < float("inf"):
-            raise VNMError(
+            raise BadOption(
                 f"SecondOrder(damping={self.damping!r}): it is a share of the mean diagonal, such as {DAMPING}."
             )
 

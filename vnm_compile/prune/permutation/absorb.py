@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadModel, BadPermutation
 from vnm_compile.prune.permutation.orders import (
     ChannelAxis,
     Dim,
@@ -109,12 +109,12 @@ class ChannelOrders:
 
 def _check(order: ChannelOrder, permutation: Tensor) -> None:
     if order.reason is not None:
-        raise VNMError(f"the order of {order.weights[0]} is not free: {order.reason}.")
+        raise BadPermutation(f"the order of {order.weights[0]} is not free: {order.reason}.")
     numbers = torch.arange(order.size, device="cpu")
     if permutation.shape != numbers.shape or not torch.equal(permutation.sort().values, numbers):
-        raise VNMError(f"not a permutation of the {order.size} channels of {order.weights[0]}.")
+        raise BadPermutation(f"not a permutation of the {order.size} channels of {order.weights[0]}.")
     if not torch.equal(permutation // order.block, numbers // order.block):
-        raise VNMError(f"channels of {order.weights[0]} may only change places inside blocks of {order.block}.")
+        raise BadPermutation(f"channels of {order.weights[0]} may only change places inside blocks of {order.block}.")
 
 
 def find_channel_orders(model: nn.Module, batch: Any) -> ChannelOrders:
@@ -186,7 +186,7 @@ def _export(model: nn.Module, batch: Any) -> tuple[fx.Graph, dict[str, str]]:
         with _without_cache(model), _without_fastpath(), torch.no_grad():
             exported = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
     except Exception as error:
-        raise VNMError(
+        raise BadModel(
             "the model cannot be exported, so its free channel orders are unknown: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Prune with permute=False."
         ) from error

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import VNMError
+from vnm_compile.errors import BadPermutation, MissingPackage
 from vnm_compile.prune.permutation.uses import ColumnUse, RowUse
 from vnm_compile.prune.project import project
 from vnm_compile.spec import Spec
@@ -114,7 +114,7 @@ def _channels(uses: Sequence[Use]) -> int:
     sizes = {len(use.positions) if use.positions is not None else use.scores.shape[use.dim] for use in uses}
     if len(sizes) != 1:
         found = f"of {', '.join(map(str, sorted(sizes)))} channels" if sizes else "none"
-        raise VNMError(f"the weights that follow one order of channels must have as many each; found {found}.")
+        raise BadPermutation(f"the weights that follow one order of channels must have as many each; found {found}.")
     return sizes.pop()
 
 
@@ -179,7 +179,7 @@ def _assign(
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise VNMError('channel permutation needs SciPy; run pip install "vnm-compile[prune]".') from error
+        raise MissingPackage('channel permutation needs SciPy; run pip install "vnm-compile[prune]".') from error
     worth = torch.zeros(len(places), len(places), dtype=torch.float64, device="cpu")
     for each in (*columns, *rows):
         worth += each.worth(places).double().cpu()
