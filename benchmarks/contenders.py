@@ -13,7 +13,7 @@ from torch._inductor.codecache import PyCodeCache
 
 from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import unpack
-from vnm_compile.problem import Problem
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
 OURS = "vnm"
@@ -52,8 +52,8 @@ def forget_compiled() -> None:
 
 def random_weight(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """A random dense weight `[out_features, in_features]` that follows `spec`."""
-    problem = Problem(1, out_features, in_features, spec, dtype, torch.device("cpu"))
-    return unpack(random_packed(problem, seed), problem.layout)
+    layout = Layout(spec, out_features, in_features)
+    return unpack(random_packed(layout, dtype, torch.device("cpu"), seed), layout)
 
 
 def fill_with_pattern(model: nn.Module, spec: Spec, exclude: tuple[str, ...] = ()) -> nn.Module:

@@ -13,15 +13,13 @@ from benchmarks.gpu_cases import Case
 from vnm_compile.backend import vnm
 from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import unpack
-from vnm_compile.problem import Problem
 
 OURS, SEMI_STRUCTURED = "vnm", "2:4"
 
 
 def random_weight(case: Case, device: torch.device, seed: int) -> Tensor:
     """A random dense weight that follows the case's pattern."""
-    problem = Problem(1, case.out_features, case.in_features, case.spec, case.dtype, device)
-    return unpack(random_packed(problem, seed), case.layout)
+    return unpack(random_packed(case.layout, case.dtype, device, seed), case.layout)
 
 
 def linears(case: Case, device: torch.device, sets: int) -> list[nn.Linear]:

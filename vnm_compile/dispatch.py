@@ -139,9 +139,9 @@ class _Binding:
 
 
 def _stored_alike(weight: VNMTensor, group: PackedInput) -> bool:
-    """Whether a compressed weight follows the pattern, and lies the way round, that a graph was compiled for."""
+    """Whether a compressed weight is stored, and lies the way round, as the graph was compiled for."""
     stored = weight._checked  # once: every call asks
-    return stored.transposed == group.transposed[0] and stored.layout.spec == group.layout.spec
+    return stored.transposed == group.transposed[0] and stored.layout == group.layout
 
 
 def _gpu_checks(watches: Sequence[Watch]) -> list[Any]:
@@ -257,7 +257,7 @@ class Dispatcher:
             self._wasted = self._resting = 0
 
     def _variant(self, args: Sequence[Any], decisions: list[Decision], first: bool = False) -> Variant:
-        signature = tuple(decision.spec for decision in decisions)
+        signature = tuple(decision.layout for decision in decisions)
         variant = self._variants.get(signature)
         if variant is None:
             if not first:
@@ -271,7 +271,7 @@ class Dispatcher:
             some = next(iter(self._variants.values()), None)
             decisions = some.decisions if some is not None else self._decide(args)
             reason = "its weights were others on every call"
-            return self._variant(args, [replace(decision, spec=None, reason=reason) for decision in decisions])
+            return self._variant(args, [replace(decision, layout=None, reason=reason) for decision in decisions])
 
     def _key(self, args: Sequence[Any]) -> tuple[tuple[int, int], ...]:
         weights = [args[i] for i in self._positions]

@@ -17,7 +17,6 @@ Everything is vectorised; the loops below are over a handful of candidates, neve
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,21 +30,43 @@ DETECTED_M = range(4, 257)
 _SAMPLED_ROWS = 64
 
 
-class Packed(NamedTuple):
-    """The three canonical arrays of one weight."""
+class Packed(tuple[Tensor, ...]):
+    """The canonical arrays of one weight, in the order of `Layout.names`."""
 
-    values: Tensor
-    metadata: Tensor
-    columns: Tensor
+    def __new__(cls, *arrays: Tensor) -> Packed:
+        """The arrays one after the other."""
+        return super().__new__(cls, arrays)
+
+    @property
+    def values(self) -> Tensor:
+        """What the weight is a linear function of."""
+        return self[0]
+
+    @property
+    def metadata(self) -> Tensor:
+        """Which of a block's kept columns each value stands in."""
+        return self[1]
+
+    @property
+    def columns(self) -> Tensor:
+        """Which columns each block keeps."""
+        return self[2]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three arrays."""
+        """Bytes of all arrays."""
         return sum(array.numel() * array.element_size() for array in self)
+
+    def __getnewargs__(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(self)
 
     def remade(self, arrays: Iterable[Tensor]) -> Packed:
         """The same weight with other arrays, of the same names in the same order."""
         return type(self)(*arrays)
+
+    def replaced(self, index: int, array: Tensor) -> Packed:
+        """The same weight with another array in one place."""
+        return self.remade([*self[:index], array, *self[index + 1 :]])
 
 
 def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:

@@ -8,7 +8,8 @@ number of experts) becomes a field here, and an array in `names`; schemas and pa
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -72,12 +73,29 @@ class Layout:
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the arrays, as `names` lists them."""
-        kept = self.groups * self.spec.n
-        return (self.rows, kept), (self.rows, -(-kept // 4)), (self.rows // self.spec.v, self.groups, KEPT_COLUMNS)
+        blocks = self.rows // self.spec.v
+        return (self.rows, self.kept), (self.rows, -(-self.kept // 4)), (blocks, self.groups, KEPT_COLUMNS)
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         """Dtypes of the arrays for a weight of `dtype`."""
         return dtype, torch.uint8, self.spec.column_dtype
+
+    def weight_dtype(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+        """Dtype of the weight whose arrays have `dtypes`: what an activation has to have, too."""
+        return dtypes[0]
+
+    @property
+    def kept(self) -> int:
+        """Kept values of a row: G*N."""
+        return self.groups * self.spec.n
+
+    def with_rows(self, out_features: int) -> Layout:
+        """The layout of a weight with other rows that is stored in the same way."""
+        return replace(self, out_features=out_features)
+
+    def joins(self, other: Layout) -> bool:
+        """Whether weights of the two can be stored one above the other: they differ in their rows alone."""
+        return self.with_rows(other.out_features) == other
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes that a weight of `dtype` takes: its arrays, nothing else."""

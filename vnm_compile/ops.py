@@ -74,7 +74,7 @@ def _linear_shape(x, values, structure, layout):
         lambda: f"vnm::linear: x is {list(x.shape)}; expected [..., {layout.in_features}]",
     )
     torch._check(
-        x.dtype == values.dtype,
+        x.dtype == layout.weight_dtype([array.dtype for array in (values, *structure)]),
         lambda: f"vnm::linear: x is {x.dtype}, the weight {values.dtype}; they must agree",
     )
     return x.new_empty((*x.shape[:-1], layout.out_features))
@@ -98,7 +98,7 @@ def _linear_values_grad(grad, x, structure, layout):
     dense = x.new_zeros(layout.rows, layout.groups * layout.spec.m)
     product = grad.reshape(-1, layout.out_features).T @ x.reshape(-1, layout.in_features)
     dense[: layout.out_features, : layout.in_features] = product
-    metadata, columns = structure
+    metadata, columns, *_ = structure
     offsets = kept_offsets(metadata, columns, layout)
     return dense.view(*offsets.shape[:3], layout.spec.m).gather(3, offsets).reshape(layout.shapes[0])
 
@@ -332,12 +332,12 @@ def _tokens(shape: Sequence[int]) -> int:
 
 @register_flop_formula([_ops.linear, _ops.linear_input_grad])
 def _linear_flops(x_shape, values_shape, structure_shapes, layout, *_, **__):
-    return 2 * _tokens(x_shape) * Layout.parse(layout).out_features * values_shape[1]
+    return 2 * _tokens(x_shape) * Layout.parse(layout).out_features * Layout.parse(layout).kept
 
 
 @register_flop_formula(_ops.linear_values_grad)
 def _values_grad_flops(grad_shape, x_shape, structure_shapes, layout, **_):
-    return 2 * _tokens(x_shape) * Layout.parse(layout).out_features * Layout.parse(layout).shapes[0][1]
+    return _linear_flops(x_shape, None, structure_shapes, layout)
 
 
 @register_flop_formula(_ops.gated_linear)

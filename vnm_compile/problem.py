@@ -9,23 +9,15 @@ from typing import NamedTuple
 import torch
 
 from vnm_compile.layout import Layout
-from vnm_compile.spec import Spec
 
 
 class Problem(NamedTuple):
-    """One multiplication `[tokens, in_features] @ [out_features, in_features].T` with a weight that follows `spec`."""
+    """One multiplication `[tokens, in_features] @ [out_features, in_features].T` with a weight stored as `layout`."""
 
     tokens: int
-    out_features: int
-    in_features: int
-    spec: Spec
+    layout: Layout
     dtype: torch.dtype
     device: torch.device
-
-    @property
-    def layout(self) -> Layout:
-        """How the weight is stored."""
-        return Layout(self.spec, self.out_features, self.in_features)
 
     def measured(self) -> Problem:
         """The problem that is timed for this one: the number of tokens is the nearest power of two (in its logarithm),

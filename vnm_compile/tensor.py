@@ -95,7 +95,12 @@ class VNMTensor(Tensor):
         if min(first, second) < 0 or type(transposed) is not bool:
             raise DamagedWeight(f"not a compressed weight: shape {list(shape)}, transposed={transposed!r:.100}.")
         layout = Layout(spec, second, first) if transposed else Layout(spec, first, second)
-        return cls._wrap(own_arrays(Packed(values, metadata, columns), layout), layout, transposed)
+        return cls._owning(Packed(values, metadata, columns), layout, transposed)
+
+    @classmethod
+    def _owning(cls, packed: Packed, layout: Layout, transposed: bool) -> VNMTensor:
+        """Wrap arrays that come from outside, checked."""
+        return cls._wrap(own_arrays(packed, layout), layout, transposed)
 
     @classmethod
     @torch.compiler.disable
@@ -106,7 +111,7 @@ class VNMTensor(Tensor):
             cls,
             (in_features, out_features) if transposed else (out_features, in_features),
             strides=(1, in_features) if transposed else (in_features, 1),
-            dtype=packed.values.dtype,
+            dtype=layout.weight_dtype([array.dtype for array in packed]),
             device=packed.values.device,
         )
         weight._stored = _Stored(packed, layout, transposed)
@@ -119,7 +124,7 @@ class VNMTensor(Tensor):
             return stored
         if type(stored) is not _Unchecked:
             raise DamagedWeight("not a compressed weight: it holds no arrays (a damaged or foreign file?).")
-        self._take(VNMTensor(*stored.packed, stored.layout.spec, self.shape, stored.transposed))
+        self._take(VNMTensor._owning(*stored))
         return self._stored
 
     def _take(self, made: VNMTensor) -> None:
@@ -131,9 +136,9 @@ class VNMTensor(Tensor):
             )
         self._stored = made._stored
 
-    def _set(self, **array: Tensor) -> None:
+    def _set(self, name: str, array: Tensor) -> None:
         stored = self._checked if type(self._stored) is not _Unchecked else self._stored
-        self._stored = _Unchecked(stored.packed._replace(**array), *stored[1:])
+        self._stored = _Unchecked(stored.packed.replaced(stored.layout.names.index(name), array), *stored[1:])
 
     @property
     def packed(self) -> Packed:
@@ -147,7 +152,7 @@ class VNMTensor(Tensor):
 
     @values.setter
     def values(self, array: Tensor) -> None:
-        self._set(values=array)
+        self._set("values", array)
 
     @property
     def metadata(self) -> Tensor:
@@ -156,7 +161,7 @@ class VNMTensor(Tensor):
 
     @metadata.setter
     def metadata(self, array: Tensor) -> None:
-        self._set(metadata=array)
+        self._set("metadata", array)
 
     @property
     def columns(self) -> Tensor:
@@ -165,7 +170,7 @@ class VNMTensor(Tensor):
 
     @columns.setter
     def columns(self, array: Tensor) -> None:
-        self._set(columns=array)
+        self._set("columns", array)
 
     @property
     def spec(self) -> Spec:
@@ -193,7 +198,7 @@ class VNMTensor(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes that the three arrays take."""
+        """Bytes that the arrays take."""
         return self.packed.nbytes
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
@@ -260,7 +265,8 @@ class VNMTensor(Tensor):
     def __setstate__(self, state: Any) -> None:
         # Pickles from before `_rebuild` restored a bare tensor, then its attributes.
         state = state[0] if isinstance(state, tuple) else state
-        arrays = [state.get(name) for name in Packed._fields] if isinstance(state, dict) else [None]
+        names = "values", "metadata", "columns"
+        arrays = [state.get(name) for name in names] if isinstance(state, dict) else [None]
         if any(array is None for array in arrays):
             raise DamagedWeight("not a compressed weight: its state holds no arrays (a damaged or foreign file?).")
         made = VNMTensor(*arrays, state.get("spec"), self.shape, state.get("_transposed", False))  # type: ignore[call-arg]
@@ -269,7 +275,7 @@ class VNMTensor(Tensor):
             self._is_param = True
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return list(self.packed._fields), (self.layout_of_arrays, self._transposed)
+        return list(self.layout_of_arrays.names), (self.layout_of_arrays, self._transposed)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> VNMTensor:

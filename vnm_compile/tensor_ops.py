@@ -195,11 +195,12 @@ def _empty_like(func: Any, weight: VNMTensor, **kwargs: Any) -> Any:
     if kwargs.get("dtype", weight.dtype) not in VALUE_DTYPES:
         return NotImplemented
     moved = {key: value for key, value in kwargs.items() if key != "dtype"}
-    values, metadata, columns = weight.packed
+    values, metadata, columns, *rest = weight.packed
     first = torch.arange(columns.shape[-1], device=kwargs.get("device", columns.device)).to(columns.dtype)
     # 0b0100: the first two kept columns, for both groups of a byte.
     indices = func(metadata, **moved).fill_(0x44 if weight.spec.n == 2 else 0)
-    return _rewrap(weight, [func(values, **kwargs).zero_(), indices, func(columns, **moved).copy_(first)])
+    rest = [func(each, **(kwargs if each.is_floating_point() else moved)).zero_() for each in rest]
+    return _rewrap(weight, [func(values, **kwargs).zero_(), indices, func(columns, **moved).copy_(first), *rest])
 
 
 def _transpose(func: Any, weight: VNMTensor, *dims: Any) -> Any:

@@ -44,11 +44,11 @@ def own_arrays(packed: Packed, layout: Layout) -> Packed:
     Raises:
         VNMError: types, dtypes, devices, shapes or contents are not those of the format.
     """
-    for name, array in zip(packed._fields, packed, strict=True):
+    for name, array in zip(layout.names, packed, strict=True):
         if type(array) not in _PLAIN or array.layout != torch.strided or array.is_quantized:
             raise _refused(f"its {name} are a {type(array).__name__}, not a plain tensor")
     _check_form(packed, layout)
-    owned = packed.remade(map(_owned, packed._fields, packed))
+    owned = packed.remade(map(_owned, layout.names, packed))
     if _storages_come_later():
         raise BadFile("a compressed weight cannot be read from torch's format before 1.6; save it with torch.save.")
     if not any(array.is_meta or isinstance(array, FakeTensor) for array in owned):
@@ -61,12 +61,12 @@ def _check_form(packed: Packed, layout: Layout) -> None:
     values = packed.values
     if values.dtype not in VALUE_DTYPES:
         raise _refused(f"its values are {values.dtype}; float32, bfloat16, float16 and float64 are handled")
-    for name, array, dtype in zip(packed._fields, packed, layout.dtypes(values.dtype), strict=True):
+    for name, array, dtype in zip(layout.names, packed, layout.dtypes(values.dtype), strict=True):
         if array.dtype != dtype:
             raise _refused(f"its {name} are {array.dtype}, expected {dtype}")
         if array.device != values.device:
             raise _refused(f"its {name} are on {array.device}, its values on {values.device}")
-    for name, array, shape in zip(packed._fields, packed, layout.shapes, strict=True):
+    for name, array, shape in zip(layout.names, packed, layout.shapes, strict=True):
         if tuple(array.shape) != shape:
             raise _refused(
                 f"its {name} have shape {list(array.shape)}, expected {list(shape)} for a weight "
@@ -97,7 +97,7 @@ def _storages_come_later() -> bool:
 
 
 def _check_contents(packed: Packed, layout: Layout) -> None:
-    (values, metadata, columns), spec = packed, layout.spec
+    values, metadata, columns, spec = packed.values, packed.metadata, packed.columns, layout.spec
     if not columns.numel():
         return
     offsets = columns.int()

@@ -25,7 +25,7 @@ from vnm_compile.spec import Spec
 
 
 def problem(tokens=4, out_features=32, in_features=64, spec="16:2:8", dtype=torch.float32):
-    return Problem(tokens, out_features, in_features, Spec.parse(spec), dtype, torch.device("cpu"))
+    return Problem(tokens, Layout(Spec.parse(spec), out_features, in_features), dtype, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

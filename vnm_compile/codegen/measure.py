@@ -19,14 +19,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from vnm_compile._torch import tracing, without_function_modes, without_modes
 from vnm_compile.codegen import timings
 from vnm_compile.codegen.inductor import compile_graph, has_lowering, prepack_of
 from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import unpack
-from vnm_compile.ops import linear
+from vnm_compile.ops import weight_args
 from vnm_compile.problem import Failure, Problem, Timing
 from vnm_compile.session import session
 
@@ -97,17 +97,20 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
 
 def _time(problem: Problem) -> Timing:
     layout, device = problem.layout, problem.device
-    packed = random_packed(problem)
+    packed = random_packed(layout, problem.dtype, device)
     weight = unpack(packed, layout)
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(problem.dtype)
 
-    x, bias = drawn(problem.tokens, problem.in_features), drawn(problem.out_features)
+    x, bias = drawn(problem.tokens, layout.in_features), drawn(layout.out_features)
 
-    def sparse_graph(x: Any, bias: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return linear(x, (values, metadata, columns), layout) + bias
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("x", "bias", *layout.names)]
+    product = graph.call_function(torch.ops.vnm.linear.default, (inputs[0], *weight_args(inputs[2:], layout)))
+    graph.output(graph.call_function(torch.add, (product, inputs[1])))
+    sparse_graph = fx.GraphModule(nn.Module(), graph)
 
     def dense_graph(x: Any, bias: Any, weight: Any) -> Any:
         return torch.nn.functional.linear(x, weight, bias)
@@ -117,7 +120,7 @@ def _time(problem: Problem) -> Timing:
     sparse = [prepare(packed.remade(array.clone() for array in packed)) for _ in range(sparse_copies)]
     dense = [weight.clone() for _ in range(dense_copies)]
     run_sparse = _compile(sparse_graph, [x, bias, *sparse[0]])
-    run_dense = _compile(dense_graph, [x, bias, dense[0]])
+    run_dense = _compile(fx.symbolic_trace(dense_graph), [x, bias, dense[0]])
     return _alternate(
         [partial(run_sparse, x, bias, *each) for each in sparse],
         [partial(run_dense, x, bias, each) for each in dense],
@@ -189,6 +192,5 @@ def _replay(calls: list[Callable[[], Any]]) -> Callable[[], float]:
     return run
 
 
-def _compile(function: Callable[..., Any], inputs: list[Tensor]) -> Callable[..., Any]:
-    gm = fx.symbolic_trace(function)
+def _compile(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     return compile_graph(gm, inputs, {}, "measure")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from vnm_compile.format import Packed
-from vnm_compile.problem import Problem
+from vnm_compile.layout import Layout
 
 
-def random_packed(problem: Problem, seed: int = 0) -> Packed:
-    """Random canonical arrays for a problem: random kept columns, indices and values."""
-    spec, device = problem.spec, problem.device
+def random_packed(layout: Layout, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Packed:
+    """Random canonical arrays of a weight of `dtype`: random kept columns, indices and values."""
+    spec = layout.spec
     generator = torch.Generator(device).manual_seed(seed)
-    values, metadata, columns = problem.layout.shapes
+    values, metadata, columns = layout.shapes
     drawn = torch.rand(*columns[:2], spec.m, generator=generator, device=device, dtype=torch.float32)
     kept = drawn.topk(4, -1).indices.sort(-1).values
     # The pairs of increasing 2-bit indices, two pairs a byte; with one value a group any index will do.
@@ -22,5 +22,5 @@ def random_packed(problem: Problem, seed: int = 0) -> Packed:
         indices = low | high << 4
     else:
         indices = torch.randint(256, metadata, generator=generator, device=device, dtype=torch.uint8)
-    scaled = torch.randn(values, generator=generator, device=device, dtype=torch.float32) * problem.in_features**-0.5
-    return Packed(scaled.to(problem.dtype), indices, kept.to(spec.column_dtype))
+    scaled = torch.randn(values, generator=generator, device=device, dtype=torch.float32) * layout.in_features**-0.5
+    return Packed(scaled.to(dtype), indices, kept.to(spec.column_dtype))

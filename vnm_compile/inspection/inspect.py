@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def inspect(
         static += range(len(inputs), len(inputs) + len(prepared.arrays))
         if goal is not None:
             graph = prepared.rewritten.gm if prepared.rewritten else gm
-            everything = [*_as_traced(gm, inputs), *_as_on_a_gpu(prepared.arrays)]
+            everything = [*_as_traced(gm, inputs), *_as_on_a_gpu(prepared)]
             generated.append(generate(graph, everything, goal, static=static, options=inductors))
         else:
             with watch_generated(static) as written:
@@ -95,10 +96,11 @@ def _as_traced(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     return [node.meta.get("example_value", value) for node, value in zip(placeholders, inputs, strict=True)]
 
 
-def _as_on_a_gpu(arrays: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The packed arrays in the layout that they would have there."""
-    for packed in zip(*[iter(arrays)] * len(Packed._fields), strict=True):
-        yield from AlignedRows().prepare(Packed(*packed))
+def _as_on_a_gpu(prepared: Prepared) -> Iterator[Tensor]:
+    """The packed arrays of a graph as kernels would want them there."""
+    arrays = iter(prepared.arrays)
+    for group in prepared.rewritten.packed if prepared.rewritten else ():
+        yield from AlignedRows().prepare(Packed(*islice(arrays, len(group.layout.names))))
 
 
 def _kernel(generated: GeneratedKernel, graph: int, target: Target | None) -> Kernel:

@@ -111,9 +111,12 @@ def _alike(one: Decision, other: Decision) -> bool:
     """Whether two linears can be one: same activation, pattern, dtype, and both or neither with a stored bias."""
 
     def traits(decision: Decision) -> tuple[Any, ...]:
-        return decision.site.x, decision.spec, decision.dtype, decision.site.bias is None
+        return decision.site.x, decision.dtype, decision.site.bias is None
 
-    return traits(one) == traits(other) and _has_plain_bias(one) and _has_plain_bias(other)
+    assert one.layout is not None, "only sparse ones are asked about"
+    assert other.layout is not None
+    alike = traits(one) == traits(other) and one.layout.joins(other.layout)
+    return alike and _has_plain_bias(one) and _has_plain_bias(other)
 
 
 def _has_plain_bias(decision: Decision) -> bool:

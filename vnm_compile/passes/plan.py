@@ -1,4 +1,4 @@
-"""Decide for every site whether it becomes sparse, and with which pattern."""
+"""Decide for every site whether it becomes sparse, and how its weight is stored then."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Decision:
     Attributes:
         site: where.
         name: the layer: as annotated (the full name also in regional compile), else as the graph knows it.
-        spec: the pattern with which it is compressed; None where it stays dense.
+        layout: how its weight is stored, compressed; None where it stays dense.
         reason: one line that a user can act on.
         tokens: rows of the activation, as far as the graph knows (a hint where they are dynamic).
         shape: `[out_features, in_features]`, where known.
@@ -39,7 +39,7 @@ class Decision:
 
     site: Site
     name: str
-    spec: Spec | None
+    layout: Layout | None
     reason: str
     tokens: int | None = None
     shape: tuple[int, int] | None = None
@@ -50,7 +50,12 @@ class Decision:
     @property
     def sparse(self) -> bool:
         """Whether the site is rewritten."""
-        return self.spec is not None
+        return self.layout is not None
+
+    @property
+    def spec(self) -> Spec | None:
+        """The pattern of its weight; None where it stays dense."""
+        return self.layout.spec if self.layout is not None else None
 
 
 def plan(
@@ -100,8 +105,8 @@ def _decide(
     tokens = _tokens(site)
     out_features, in_features = reversed(weight.shape) if site.transposed else weight.shape
 
-    def decide(spec: Spec | None, reason: str, timing: Timing | None = None) -> Decision:
-        return Decision(site, name, spec, reason, tokens, (out_features, in_features), weight.dtype, timing)
+    def decide(layout: Layout | None, reason: str, timing: Timing | None = None) -> Decision:
+        return Decision(site, name, layout, reason, tokens, (out_features, in_features), weight.dtype, timing)
 
     if isinstance(weight, FakeTensor) or weight.is_meta:
         return decide(None, "its weight has no values yet (fake or meta tensor)")
@@ -113,15 +118,16 @@ def _decide(
     if isinstance(weight, VNMTensor):
         if weight._transposed != site.transposed:
             return decide(None, "stored compressed the other way round than it multiplies here; it is unpacked")
-        return decide(weight.spec, "stored compressed")
+        return decide(weight.layout_of_arrays, "stored compressed")
     spec, found = _pattern(site, weight, options, annotation)
     if spec is None:
         return decide(None, found)
-    if Layout(spec, out_features, in_features).nbytes(weight.dtype) >= weight.numel() * weight.element_size():
+    layout = Layout(spec, out_features, in_features)
+    if layout.nbytes(weight.dtype) >= weight.numel() * weight.element_size():
         return decide(None, f"{found}, but packed it would be no smaller")
     if options.policy == "memory":
-        return decide(spec, f"{found}, policy is memory")
-    problem = Problem(tokens or 1, out_features, in_features, spec, weight.dtype, weight.device).measured()
+        return decide(layout, f"{found}, policy is memory")
+    problem = Problem(tokens or 1, layout, weight.dtype, weight.device).measured()
     timing = measure(problem) if measure else None
     if timing is None:
         return decide(None, f'{found}, but no sparse kernel for it here; vnm.policy="memory" compresses it')
@@ -131,7 +137,7 @@ def _decide(
         f"{found}; measured {timing.sparse * 1e6:.0f} us sparse, {timing.dense * 1e6:.0f} us dense "
         f"at T = {problem.tokens}"
     )
-    return decide(spec if timing.sparse < timing.dense else None, reason, timing)
+    return decide(layout if timing.sparse < timing.dense else None, reason, timing)
 
 
 def _share_memory(weight: Tensor, other: Any) -> bool:

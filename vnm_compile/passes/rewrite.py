@@ -93,14 +93,13 @@ def _copy(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
 def _packed_input(unit: Unit) -> PackedInput:
     sites = [member.site for member in unit.members]
-    spec, (_, in_features) = _spec(unit.members[0]), unit.members[0].shape or (0, 0)
-    alone = len(unit.members) == 1
-    rows = _out_features(unit.members[0]) if alone else sum(spec.rows(_out_features(each)) for each in unit.members)
+    layouts = [_layout(member) for member in unit.members]
+    alone = len(layouts) == 1
     return PackedInput(
         tuple(site.index for site in sites if site.index is not None),
         tuple(site.transposed for site in sites),
         tuple(member.name for member in unit.members),
-        Layout(spec, rows, in_features),
+        layouts[0] if alone else layouts[0].with_rows(sum(layout.rows for layout in layouts)),
     )
 
 
@@ -134,7 +133,7 @@ class _Writer:
     def single(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
         (member,) = unit.members
         with self.graph.inserting_before(self.new[member.site.node]):
-            y = self.linear(member, arrays, _out_features(member))
+            y = self.linear(member, arrays, _layout(member))
             if member.site.bias is not None:
                 y = self.call(torch.add, y, self.bias(member, y))
         self.replace(member.site.node, y)
@@ -142,10 +141,10 @@ class _Writer:
     def siblings(self, unit: Unit, arrays: tuple[fx.Node, ...]) -> None:
         """One linear over all rows; each weight is padded to whole blocks, so its section starts at a multiple of V."""
         first = unit.members[0]
-        widths = [_out_features(member) for member in unit.members]
-        strides = [_spec(first).rows(width) for width in widths]
+        layouts = [_layout(member) for member in unit.members]
+        widths, strides = [layout.out_features for layout in layouts], [layout.rows for layout in layouts]
         with self.graph.inserting_before(self.new[first.site.node]):
-            y = self.linear(first, arrays, sum(strides))
+            y = self.linear(first, arrays, layouts[0].with_rows(sum(strides)))
             if first.site.bias is not None:
                 # Cast one by one: torch.cat has ideas of its own about dtypes under autocast.
                 biases = [self.bias(member, y) for member in unit.members]
@@ -161,17 +160,15 @@ class _Writer:
         gate = unit.members[0]
         assert unit.result is not None
         with self.graph.inserting_before(self.new[unit.result]):
-            args = self.linear_args(gate, arrays, _out_features(gate))
+            args = self.linear_args(gate, arrays, _layout(gate))
             y = self.call(torch.ops.vnm.gated_linear.default, *args, unit.activation)
         self.replace(unit.result, y)
 
-    def linear(self, member: Decision, arrays: tuple[fx.Node, ...], out_features: int) -> fx.Node:
-        return self.call(torch.ops.vnm.linear.default, *self.linear_args(member, arrays, out_features))
+    def linear(self, member: Decision, arrays: tuple[fx.Node, ...], layout: Layout) -> fx.Node:
+        return self.call(torch.ops.vnm.linear.default, *self.linear_args(member, arrays, layout))
 
-    def linear_args(self, member: Decision, arrays: tuple[fx.Node, ...], out_features: int) -> tuple[Any, ...]:
-        spec, (_, in_features) = _spec(member), member.shape or (0, 0)
+    def linear_args(self, member: Decision, arrays: tuple[fx.Node, ...], layout: Layout) -> tuple[Any, ...]:
         assert member.site.x is not None
-        layout = Layout(spec, out_features, in_features)
         return self.new[member.site.x], *weight_args(arrays, layout)
 
     def bias(self, member: Decision, y: fx.Node) -> fx.Node:
@@ -207,11 +204,6 @@ class _Writer:
                 self.erase(each)
 
 
-def _spec(member: Decision) -> Spec:
-    assert member.spec is not None, "only sparse decisions form units"
-    return member.spec
-
-
-def _out_features(member: Decision) -> int:
-    assert member.shape is not None, "the shape of a sparse weight is known"
-    return member.shape[0]
+def _layout(member: Decision) -> Layout:
+    assert member.layout is not None, "only sparse decisions form units"
+    return member.layout

@@ -15,14 +15,13 @@ from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import Packed, unpack
 from vnm_compile.layout import Layout
 from vnm_compile.ops import linear
-from vnm_compile.problem import Problem
 from vnm_compile.spec import Spec
 
 CPU = torch.device("cpu")
 
 
 def arrays(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Packed:
-    return random_packed(Problem(1, out_features, in_features, spec, dtype, CPU), seed)
+    return random_packed(Layout(spec, out_features, in_features), dtype, CPU, seed)
 
 
 def expect(interpreter: Interpreter, generated: Generated, inputs: list[Any], dense: Tensor, exact: Tensor) -> None:

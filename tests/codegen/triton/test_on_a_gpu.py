@@ -10,6 +10,7 @@ import vnm_compile as vnm
 from benchmarks import gpu
 from tests.support import assert_as_accurate_as_dense, make_sparse_
 from vnm_compile.codegen.measure import measure
+from vnm_compile.layout import Layout
 from vnm_compile.problem import Problem, Timing
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +37,6 @@ def test_activations_beyond_32_bits():
 def test_measured_on_the_device_of_the_problem(index):
     device = torch.device("cuda", index)
     with torch.cuda.device(0):
-        timing = measure(Problem(16, 1024, 1024, vnm.Spec(64, 2, 8), torch.float16, device))
+        timing = measure(Problem(16, Layout(vnm.Spec(64, 2, 8), 1024, 1024), torch.float16, device))
         assert torch.cuda.current_device() == 0
     assert isinstance(timing, Timing)

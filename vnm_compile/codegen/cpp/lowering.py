@@ -25,7 +25,7 @@ def gated_linear(x: Any, arrays: list[Any], layout: Layout, activation: str) -> 
 
 
 def _lower(x: Any, arrays: list[Any], layout: Layout, activation: str | None) -> Any:
-    if x.get_dtype() not in _DTYPES or arrays[0].get_dtype() != x.get_dtype():
+    if x.get_dtype() not in _DTYPES or layout.weight_dtype([array.get_dtype() for array in arrays]) != x.get_dtype():
         return None
     *leading, _ = x.get_size()
     inputs = readable([reshape(x, [prod(leading), layout.in_features]), *arrays])

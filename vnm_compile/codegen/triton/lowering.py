@@ -36,7 +36,6 @@ from vnm_compile.codegen.triton.templates import gated_template, linear_template
 from vnm_compile.codegen.virtual_device import device_target
 from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.layout import Layout
-from vnm_compile.problem import Problem
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def gated_linear(x: Any, arrays: list[Any], layout: Layout, activation: str) -> 
 
 
 def _supported(x: Any, arrays: list[Any], layout: Layout) -> bool:
-    same = x.get_dtype() in _DTYPES and arrays[0].get_dtype() == x.get_dtype()
+    same = x.get_dtype() in _DTYPES and layout.weight_dtype([array.get_dtype() for array in arrays]) == x.get_dtype()
     # Inductor stores to a tensor of one element without a mask, and a tile's other elements would overwrite it.
     return same and largest_block(layout.spec) >= _FEWEST_ROWS and layout.out_features > 1 and 0 not in x.get_size()
 
@@ -204,8 +203,7 @@ class _Sparse:
 
         @functools.cache
         def arrays() -> Any:
-            device = self.x.get_device()
-            return random_packed(Problem(1, rows, self.layout.in_features, self.spec, self.dtype, device))
+            return random_packed(self.layout.with_rows(rows), self.dtype, self.x.get_device())
 
         def like(position: int, buffer: Any) -> torch.Tensor:
             size, stride = ([int(s) for s in sizes] for sizes in (buffer.get_size(), buffer.get_stride()))

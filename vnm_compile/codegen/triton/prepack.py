@@ -24,10 +24,10 @@ class AlignedRows(Prepack):
     def prepare(self, packed: Packed) -> Packed:
         """The arrays with aligned rows: views of padded copies where they are not so already. What begins elsewhere in
         its memory than at a multiple of 16 bytes is copied."""
-        values, metadata, columns = packed
+        values, metadata, columns, *rest = packed
         if not (columns.is_contiguous() and _begins_aligned(columns)):
             columns = columns.clone(memory_format=torch.contiguous_format)
-        return packed.remade((_aligned(values), _aligned(metadata), columns))
+        return packed.remade((_aligned(values), _aligned(metadata), columns, *rest))
 
     def renew(self, kept: Packed, fresh: Packed) -> Packed:
         """The arrays that are kept, written: CUDA graphs have recorded their addresses."""
