@@ -17,6 +17,9 @@ import torch
 from vnm_compile.errors import DamagedWeight
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
+ARRAYS = ("values", "metadata", "columns")
+"""Every array that a layout may have, in order; `Layout.names` are those that one has."""
+
 _TEXT = re.compile(r"([0-9:]+) ([0-9]+)x([0-9]+)")
 
 
@@ -53,7 +56,7 @@ class Layout:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the arrays, in order; the first one holds what the weight is a linear function of."""
-        return "values", "metadata", "columns"
+        return ARRAYS
 
     @property
     def rows(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vnm_compile._torch import FakeTensor
 from vnm_compile.errors import DamagedWeight, RefusedWrite, UnsupportedWeight, VNMError, at_layer
 from vnm_compile.format import Packed, pack, unpack
-from vnm_compile.layout import Layout
+from vnm_compile.layout import ARRAYS, Layout
 from vnm_compile.spec import Spec
 from vnm_compile.validation import VALUE_DTYPES, own_arrays, stores_otherwise
 
@@ -69,6 +69,9 @@ class VNMTensor(Tensor):
     right. An optimizer that then writes to the weight gets a VNMError.
     """
 
+    values: Tensor  # type: ignore[assignment]
+    metadata: Tensor
+    columns: Tensor
     _stored: _Stored
 
     @staticmethod
@@ -144,33 +147,6 @@ class VNMTensor(Tensor):
     def packed(self) -> Packed:
         """The canonical arrays."""
         return self._checked.packed
-
-    @property  # type: ignore[override]
-    def values(self) -> Tensor:
-        """The kept values."""
-        return self._checked.packed.values
-
-    @values.setter
-    def values(self, array: Tensor) -> None:
-        self._set("values", array)
-
-    @property
-    def metadata(self) -> Tensor:
-        """Which of a block's kept columns each value stands in."""
-        return self._checked.packed.metadata
-
-    @metadata.setter
-    def metadata(self, array: Tensor) -> None:
-        self._set("metadata", array)
-
-    @property
-    def columns(self) -> Tensor:
-        """Which columns each block keeps."""
-        return self._checked.packed.columns
-
-    @columns.setter
-    def columns(self, array: Tensor) -> None:
-        self._set("columns", array)
 
     @property
     def spec(self) -> Spec:
@@ -296,6 +272,28 @@ class VNMTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _ops[1](func, args, kwargs or {})
+
+
+class _Array:
+    """An attribute of a VNMTensor: one of its arrays, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, weight: VNMTensor | None, owner: type) -> Any:
+        if weight is None:
+            return self
+        stored = weight._checked
+        if self._name not in stored.layout.names:
+            raise AttributeError(f"a weight stored as {stored.layout} has no {self._name}")
+        return stored.packed[stored.layout.names.index(self._name)]
+
+    def __set__(self, weight: VNMTensor, array: Tensor) -> None:
+        weight._set(self._name, array)
+
+
+for _name in ARRAYS:
+    setattr(VNMTensor, _name, _Array(_name))
 
 
 class _ToDense(torch.autograd.Function):
