@@ -47,7 +47,7 @@ class Case:
 
     def floor(self, bandwidth: float, flops: float, sparse: bool) -> float:
         """The least seconds a call can take on a device that moves `bandwidth` bytes/s and does `flops` flop/s."""
-        model = CostModel(self.out_features, self.in_features, self.spec, self.dtype, balance=flops / bandwidth)
+        model = CostModel(self.out_features, self.in_features, self.layout, self.dtype, balance=flops / bandwidth)
         return model.time_at(self.tokens, sparse) / bandwidth
 
 

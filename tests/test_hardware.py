@@ -11,6 +11,7 @@ import torch
 from vnm_compile.codegen.virtual_device import device_target, virtual_device
 from vnm_compile.cost import CostModel
 from vnm_compile.hardware import CARDS, CPU_CORE, TARGETS, machine_of, target_of
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
 
@@ -74,7 +75,7 @@ def test_rates_are_those_of_multiprocessors_at_the_clock(card):
 
 
 def test_limits_are_those_of_the_machine():
-    sizes = (4096, 4096, Spec(64, 2, 8), torch.bfloat16)
+    sizes = (4096, 4096, Layout(Spec(64, 2, 8), 4096, 4096), torch.bfloat16)
     assert CostModel.on("cpu", *sizes).balance == 25.0
     assert machine_of("cpu") is CPU_CORE
     with patch.object(torch.cuda, "is_available", lambda: False):
@@ -85,7 +86,7 @@ def test_limits_are_those_of_the_machine():
 
 
 def test_fp32_counts_as_what_it_is_computed_in():
-    sizes = (4096, 4096, Spec(64, 2, 8), torch.float32)
+    sizes = (4096, 4096, Layout(Spec(64, 2, 8), 4096, 4096), torch.float32)
     card = CARDS[0]
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -98,7 +99,8 @@ def test_fp32_counts_as_what_it_is_computed_in():
 
 
 def test_a_dense_layer_has_no_pattern():
-    dense, sparse = (CostModel.on("cpu", 256, 128, spec, torch.float32) for spec in (None, Spec(64, 2, 8)))
+    stored = Layout(Spec(64, 2, 8), 256, 128)
+    dense, sparse = (CostModel.on("cpu", 256, 128, layout, torch.float32) for layout in (None, stored))
     for tokens in (1, 1000):
         assert dense.time_at(tokens, sparse=True) == dense.time_at(tokens, sparse=False)
         assert dense.time_at(tokens, sparse=False) == sparse.time_at(tokens, sparse=False)

@@ -10,7 +10,7 @@ import torch
 
 from vnm_compile.hardware import allows_tf32, machine_of
 from vnm_compile.layout import Layout
-from vnm_compile.spec import KEPT_COLUMNS, Spec
+from vnm_compile.spec import KEPT_COLUMNS
 
 TOKENS = sympy.Symbol("T", positive=True)
 
@@ -26,7 +26,7 @@ class CostModel:
 
     Attributes:
         out_features, in_features: size of the weight.
-        spec: its pattern; None for a layer that stays dense, whose sparse figures are the dense ones.
+        layout: how it is stored; None for a layer that stays dense, whose sparse figures are the dense ones.
         dtype: of weight and activation.
         balance: arithmetic per byte of memory traffic at which the machine is in balance, flop/byte.
         values_only: arithmetic on the kept values only (CPUs), not on the kept columns (GPUs).
@@ -34,20 +34,25 @@ class CostModel:
 
     out_features: int
     in_features: int
-    spec: Spec | None
+    layout: Layout | None
     dtype: torch.dtype
     balance: float
     values_only: bool = False
 
     @classmethod
     def on(
-        cls, device: torch.device | str, out_features: int, in_features: int, spec: Spec | None, dtype: torch.dtype
+        cls,
+        device: torch.device | str,
+        out_features: int,
+        in_features: int,
+        layout: Layout | None,
+        dtype: torch.dtype,
     ) -> CostModel:
         """The model for a device, as `vnm_compile.hardware` knows it; on GPUs fp32 counts as tf32 where torch lets it
         be."""
         machine = machine_of(device)
         balance = machine.peak_flops(dtype, allows_tf32()) / machine.bandwidth
-        return cls(out_features, in_features, spec, dtype, balance, values_only=torch.device(device).type == "cpu")
+        return cls(out_features, in_features, layout, dtype, balance, values_only=torch.device(device).type == "cpu")
 
     @property
     def activation_bytes(self) -> sympy.Expr:
@@ -62,9 +67,9 @@ class CostModel:
     @property
     def sparse_bytes(self) -> sympy.Expr:
         """Bytes that the sparse layer moves."""
-        if self.spec is None:
+        if self.layout is None:
             return self.dense_bytes
-        return Layout(self.spec, self.out_features, self.in_features).nbytes(self.dtype) + self.activation_bytes
+        return self.layout.nbytes(self.dtype) + self.activation_bytes
 
     @property
     def dense_flops(self) -> sympy.Expr:
@@ -74,10 +79,10 @@ class CostModel:
     @property
     def sparse_flops(self) -> sympy.Expr:
         """Floating-point operations of the sparse layer: those on the kept values, or on the kept columns."""
-        if self.spec is None:
+        if self.layout is None:
             return self.dense_flops
-        kept = self.spec.groups(self.in_features) * (self.spec.n if self.values_only else KEPT_COLUMNS)
-        return 2 * TOKENS * self.spec.rows(self.out_features) * kept
+        kept = self.layout.kept if self.values_only else self.layout.groups * KEPT_COLUMNS
+        return 2 * TOKENS * self.layout.rows * kept
 
     @property
     def dense_time(self) -> sympy.Expr:

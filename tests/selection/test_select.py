@@ -11,6 +11,7 @@ from torch import nn
 
 import vnm_compile as vnm
 from vnm_compile.cost import CostModel
+from vnm_compile.layout import Layout
 from vnm_compile.selection import Trial
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.spec import Spec
@@ -49,7 +50,7 @@ def test_uniform_takes_the_most_diverse_of_the_fast_ones():
 def test_the_cost_model_is_what_counts_without_measurements():
     dense = nn.Sequential(nn.Linear(256, 512, bias=False))
     found = vnm.select_spec(dense, 2.0, ["64:2:8"], tokens=16)
-    cost = CostModel.on("cpu", 512, 256, Spec(64, 2, 8), torch.float32)
+    cost = CostModel.on("cpu", 512, 256, Layout(Spec(64, 2, 8), 512, 256), torch.float32)
     assert found.chosen.speedup == pytest.approx(cost.speedup_at(16))
 
 

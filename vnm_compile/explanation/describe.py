@@ -101,7 +101,7 @@ def _graph_reports(graph: Prepared, devices: Mapping[str, str], device: str) -> 
 
 
 def _decided(decision: Decision, joined: tuple[str, ...], device: str) -> LayerReport:
-    facts = _weight_facts(decision.shape, decision.dtype, decision.spec, decision.tokens, device)
+    facts = _weight_facts(decision.shape, decision.dtype, decision.layout, decision.tokens, device)
     return LayerReport(
         name=plain_name(decision.name),
         decision="sparse" if decision.sparse else "dense",
@@ -139,7 +139,11 @@ def _by_weight(layer: Layer, device: str) -> LayerReport:
     decision = "dense" if spec is None else "sparse"
     if spec is not None:
         reason = f"{reason}; with inputs, vnm.explain says what is decided for them"
-    facts = _weight_facts(*_size(layer), spec, None, device)
+    shape, dtype = _size(layer)
+    stored = Layout(spec, *shape) if spec is not None and shape is not None else None
+    if isinstance(weight, VNMTensor):
+        stored = weight.layout_of_arrays
+    facts = _weight_facts(shape, dtype, stored, None, device)
     return LayerReport(name=plain_name(layer.name), decision=decision, reason=reason, **facts)
 
 
@@ -154,24 +158,21 @@ def _size(layer: Layer) -> tuple[tuple[int, int] | None, torch.dtype | None]:
 
 
 def _weight_facts(
-    shape: tuple[int, ...] | None, dtype: torch.dtype | None, spec: Spec | None, tokens: int | None, device: str
+    shape: tuple[int, ...] | None, dtype: torch.dtype | None, layout: Layout | None, tokens: int | None, device: str
 ) -> dict[str, Any]:
     """Size, pattern and limits of a weight."""
     known = shape is not None and dtype is not None
     dense = shape[0] * shape[1] * dtype.itemsize if known else None  # type: ignore[index, union-attr]
     facts = {"shape": shape, "density": 1.0, "spec": None, "dense_bytes": dense, "stored_bytes": dense}
-    if known and spec is not None:
-        out_features, in_features = shape  # type: ignore[misc]
-        limit, crossover = _limits(device, out_features, in_features, spec, dtype, tokens or 1)  # type: ignore[arg-type]
-        facts |= {"spec": str(spec), "density": spec.density, "limit": limit, "crossover": crossover}
-        facts["stored_bytes"] = Layout(spec, out_features, in_features).nbytes(dtype)  # type: ignore[arg-type]
+    if layout is not None and dtype is not None:
+        limit, crossover = _limits(device, layout, dtype, tokens or 1)
+        facts |= {"spec": str(layout.spec), "density": layout.spec.density, "limit": limit, "crossover": crossover}
+        facts["stored_bytes"] = layout.nbytes(dtype)
     return facts
 
 
 @lru_cache(maxsize=1024)
-def _limits(
-    device: str, out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, tokens: int
-) -> tuple[float, float | None]:
+def _limits(device: str, layout: Layout, dtype: torch.dtype, tokens: int) -> tuple[float, float | None]:
     """The speed-up limit at `tokens`, and from how many tokens arithmetic bounds the sparse kernel."""
-    model = CostModel.on(device, out_features, in_features, spec, dtype)
+    model = CostModel.on(device, layout.out_features, layout.in_features, layout, dtype)
     return model.speedup_at(tokens), model.compute_bound_from(sparse=True)

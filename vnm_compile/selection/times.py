@@ -9,6 +9,7 @@ import torch
 from vnm_compile.cost import CostModel
 from vnm_compile.errors import BadOption
 from vnm_compile.layers import Layer
+from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
 Seconds = Callable[[int, int, Spec | None], float]
@@ -40,7 +41,8 @@ class Times:
             if self._seconds is not None:
                 time = self._seconds(out_features, in_features, spec)
             else:
-                model = CostModel.on(weight.device, out_features, in_features, spec, weight.dtype)
+                layout = Layout(spec, out_features, in_features) if spec is not None else None
+                model = CostModel.on(weight.device, out_features, in_features, layout, weight.dtype)
                 time = model.time_at(self._tokens, sparse=True)
             if not isinstance(time, int | float) or not time > 0:
                 raise BadOption(
