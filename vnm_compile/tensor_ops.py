@@ -125,9 +125,15 @@ def _moved(weight: Any, *_: Any, **__: Any) -> Any:
     """`weight.to(...)` and the like, which `module.to(...)` calls before it swaps the weight for the result. A swap is
     refused while anything refers to the weight weakly, and compilations that Dynamo began anew or gave up leave such
     references in cycles of garbage."""
-    if not torch.compiler.is_compiling() and weakref.getweakrefs(weight):
-        gc.collect()
+    if not torch.compiler.is_compiling():
+        for _ in range(_MOST_COLLECTIONS):
+            if not weakref.getweakrefs(weight):
+                break
+            gc.collect()
     return NotImplemented
+
+
+_MOST_COLLECTIONS = 4  # what the finalisers of one collection let go of is garbage for the next
 
 
 def _dlpack(tensor: Tensor, *_: Any, **__: Any) -> Any:
