@@ -6,6 +6,8 @@ When a version of torch moves one of these, it is mended here and nowhere else. 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from torch._guards import TracingContext, tracing
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.meta_utils import MetaTensorDescriber
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode_recorded
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
@@ -199,6 +202,26 @@ def forget_descriptions(modes: Iterable[Any], tensors: Iterable[Any]) -> None:
         if isinstance(tensor, Tensor):
             for each in described:
                 each.pop(tensor, None)
+
+
+def let_move(tensor: Tensor) -> None:
+    """Drop the weak references to `tensor` that compilations keep which are over: `torch.utils.swap_tensors`, by which
+    `module.to` moves tensor subclasses, refuses a tensor while there are any.
+
+    Guards of dynamic shapes keep the mode alive that described the tensor, also where no backend was called; what
+    Dynamo began anew or gave up lies about in cycles of garbage, for the finalisers of one collection to let go of what
+    is the next one's. Looks through all objects, but only where something does refer to the tensor.
+    """
+    if weakref.getweakrefs(tensor):
+        for each in gc.get_objects():
+            if type(each) is MetaTensorDescriber:
+                each.lookup_tensor.pop(tensor, None)
+            elif type(each) is TracingContext:
+                each.tensor_to_context.pop(tensor, None)
+    for _ in range(4):
+        if not weakref.getweakrefs(tensor):
+            break
+        gc.collect()
 
 
 def cuda_answers(answers: Mapping[str, Callable[..., Any]]) -> list[tuple[Any, str, Any]]:

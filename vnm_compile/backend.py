@@ -123,6 +123,13 @@ def compile_prepared(
 
 def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
     """Run the passes, compile with `finish`, and return the dispatcher; the dense graph itself if nothing is sparse."""
+    try:
+        return _compile_with(gm, inputs, options, finish)
+    finally:
+        _let_go(gm.graph, inputs)
+
+
+def _compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, finish: Finish) -> Callable[..., Any]:
     own = own_copy(gm)
     found = run_passes(FIND, Progress(own, inputs, options, measure))
     found = replace(found, inputs=())  # it is kept, and holds no weight
@@ -150,12 +157,11 @@ def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, fi
     # Whatever was known of the weights, and however they were written to since: a fresh compilation looks at them anew.
     contents.suspect(known_storages(inputs[i] for i in positions))
     _report(dispatcher.bind(inputs, first=True).variant.decisions)
-    _let_go(own.graph, inputs)
     return read_only_results(_with_tangents(own, dispatcher), found.read_only)
 
 
 def _let_go(graph: fx.Graph, inputs: Sequence[Any]) -> None:
-    """Drop the weak references to the inputs that the fake tensors of a kept graph hold through their modes."""
+    """Drop the weak references to the inputs that the fake tensors of a graph hold through their modes."""
     forget_descriptions(fake_modes([node.meta.get("example_value") for node in graph.nodes]), inputs)
 
 

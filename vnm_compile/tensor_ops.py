@@ -6,15 +6,13 @@ the dense weight, unpacked for that op alone.
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vnm_compile._torch import in_transform, tree_leaves, tree_map_only, without_torch_function
+from vnm_compile._torch import in_transform, let_move, tree_leaves, tree_map_only, without_torch_function
 from vnm_compile.errors import RefusedWrite
 from vnm_compile.ops import linear
 from vnm_compile.read_only import ReadOnly, note_traced_views
@@ -122,18 +120,10 @@ def _set_data(target: VNMTensor, source: Tensor) -> Any:
 
 
 def _moved(weight: Any, *_: Any, **__: Any) -> Any:
-    """`weight.to(...)` and the like, which `module.to(...)` calls before it swaps the weight for the result. A swap is
-    refused while anything refers to the weight weakly, and compilations that Dynamo began anew or gave up leave such
-    references in cycles of garbage."""
+    """`weight.to(...)` and the like, which `module.to(...)` calls before it swaps the weight for the result."""
     if not torch.compiler.is_compiling():
-        for _ in range(_MOST_COLLECTIONS):
-            if not weakref.getweakrefs(weight):
-                break
-            gc.collect()
+        let_move(weight)
     return NotImplemented
-
-
-_MOST_COLLECTIONS = 4  # what the finalisers of one collection let go of is garbage for the next
 
 
 def _dlpack(tensor: Tensor, *_: Any, **__: Any) -> Any:
@@ -161,6 +151,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.storage: _storage,
     Tensor._typed_storage: _storage,
     torch.empty_like: _moved,
+    Tensor.module_load: _moved,
     **dict.fromkeys(
         (Tensor.to, Tensor.type, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
         _moved,
