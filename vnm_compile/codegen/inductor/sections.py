@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
+from sympy import Expr, Integer
 from torch._inductor import lowering
 from torch._inductor.virtualized import V
 
@@ -27,24 +28,27 @@ _PASSING_ON = {
 def _lower_sections(y, widths, strides):  # type: ignore[no-untyped-def]
     """The kernel that made y has written every section in place: inside the graph nobody minds that it is strided.
 
-    A caller would: he may count on the strides that eager gives, and would keep all of y alive with one section.
+    A caller would: he may count on the strides that eager gives, and would keep all of y alive with one section. So
+    would a backward in dynamic shapes: AOTAutograd tells it strides of what is saved for it in the numbers of one call.
     """
+    dynamic = any(isinstance(size, Expr) and not isinstance(size, Integer) for size in y.get_size())
     cut, last = lowering.lowerings[torch.ops.aten.slice.Tensor], len(y.get_size()) - 1
     copy = lowering.lowerings[torch.ops.aten.clone.default]
     readers = {user.args[1]: user for user in V.graph.current_node.users if user.target is operator.getitem}
     sections, start = [], 0
     for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
         section = cut(y, last, start, start + width)
-        seen = i in readers and _is_seen(readers[i])
+        seen = i in readers and _is_seen(readers[i], dynamic)
         sections.append(copy(section, memory_format=torch.contiguous_format) if seen else section)
         start += stride
     return sections
 
 
-def _is_seen(node: torch.fx.Node) -> bool:
-    """Whether the memory of a node may be an output that a caller sees, or is read by its strides (`as_strided`)."""
+def _is_seen(node: torch.fx.Node, dynamic: bool) -> bool:
+    """Whether the memory of a node may be an output that a caller sees, or is read by its strides (`as_strided`). In
+    dynamic shapes what is saved for a backward counts, too."""
     (output,) = V.graph.graph.find_nodes(op="output")
-    visible = output.meta.get("user_visible_output_idxs")
+    visible = None if dynamic else output.meta.get("user_visible_output_idxs")
     results = output.args[0] if isinstance(output.args[0], list | tuple) else output.args
     outputs = {result for i, result in enumerate(results) if visible is None or i in visible}
     queue, met = [node], {node}
