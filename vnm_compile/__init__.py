@@ -18,6 +18,7 @@ from vnm_compile.prune import sparsify
 from vnm_compile.selection import select_spec
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
+from vnm_compile.train import finalize
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "decompress_model",
     "detect",
     "explain",
+    "finalize",
     "inspect",
     "matches",
     "refresh",

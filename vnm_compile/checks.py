@@ -58,6 +58,9 @@ def check_usable(layers: Iterable[Layer], *, written: bool = False, values: bool
 def _why_no_parameter(module: nn.Module) -> str:
     """Why `module` has no parameter `weight`, although it has, or should have, a weight."""
     if parametrize.is_parametrized(module, "weight"):
+        for each in module.parametrizations["weight"]:  # type: ignore[index,union-attr]
+            if hasattr(each, "computed_in"):
+                return f"its weight is computed in {each.computed_in}."
         by = ", ".join(type(each).__name__.strip("_") for each in module.parametrizations["weight"])  # type: ignore[index,union-attr]
         return (
             f"its weight is computed by a parametrization ({by}) and overwritten by it; call "

@@ -58,6 +58,10 @@ class BadCalibration(VNMError):
     """Calibration data is no model input, reaches no layer, or holds NaN or infinity."""
 
 
+class UnfinishedTraining(VNMError):
+    """A training into a pattern is asked for what it has at its end only."""
+
+
 class BadLoss(VNMError):
     """A loss is no finite number, does not depend on a weight, or cannot be made from what the model returns."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.machine import processor
 from tests.load import processes
 from tests.load.threads import serve
 
@@ -75,9 +76,8 @@ def main() -> None:
             result = run()
         console.print(f"{name}: {result}", markup=False)
         rows.append(f"| {name} | {result} |")
-    table = "\n".join(
-        [f"torch {torch.__version__}, Python {platform.python_version()}, 2 cores.", "", "| | |", "|---|---|", *rows]
-    )
+    where = f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads"
+    table = "\n".join([f"{where} on an {processor()}.", "", "| | |", "|---|---|", *rows])
     if options.write:
         text = PAGE.read_text()
         head, tail = text.split(START)[0], text.split(END)[1]

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -96,7 +97,8 @@ def full_disk() -> str:
         out, error = process.communicate()
     if process.returncode == 0:
         return "right" if right(json.loads(out.splitlines()[-1])) else "wrong"
-    return f"error: {error.strip().splitlines()[-1][:80]}"
+    said = [line.strip() for line in error.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line.strip())]
+    return f"Inductor's own error: {said[0][:80] if said else error[-80:]}"
 
 
 def forked() -> bool:

@@ -9,6 +9,7 @@ Source: VENOM, arXiv 2310.02065, section 5 (the objective); the searches are our
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -36,35 +37,46 @@ def project(scores: Tensor, spec: Spec | str) -> Tensor:
         VNMError: the scores are not a matrix, or hold a NaN.
     """
     spec = Spec.parse(spec)
+    return project_columns(scores, spec.v, KEPT_COLUMNS, spec.n, spec.m)
+
+
+def project_columns(scores: Tensor, v: int, width: int, n: int, m: int) -> Tensor:
+    """As `project`, for a pattern that keeps any number `width` of a block's columns, and in each row `n` of those.
+
+    For `n` = `width` (whole columns) and `width` = `m` (rows alone) the mask is the best one.
+    """
     if scores.dim() != 2:
         raise BadScores(f"scores have shape {list(scores.shape)}; expected a matrix [out_features, in_features].")
     if scores.isnan().any():
         raise BadScores("the scores hold NaN, so there is no largest sum; look for NaN in the weight or activations.")
     scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores  # sums need the digits
     out_features, in_features = scores.shape
-    rows, groups = spec.rows(out_features), spec.groups(in_features)
+    rows, groups = -(-out_features // v) * v, -(-in_features // m)
     # Padding scores less than anything real, so it is kept only where nothing real is left.
     padded = torch.nn.functional.pad(
-        scores, (0, groups * spec.m - in_features, 0, rows - out_features), value=-torch.finfo(scores.dtype).tiny
+        scores, (0, groups * m - in_features, 0, rows - out_features), value=-torch.finfo(scores.dtype).tiny
     )
-    blocks = padded.view(rows // spec.v, spec.v, groups, spec.m).transpose(1, 2)  # [B, G, V, M]
-    columns = choose_columns(blocks, spec)  # [B, G, 4]
-    index = columns.unsqueeze(2).expand(-1, -1, spec.v, -1)
-    chosen = blocks.gather(3, index).topk(spec.n, dim=3).indices
+    blocks = padded.view(rows // v, v, groups, m).transpose(1, 2)  # [B, G, V, M]
+    columns = choose_columns(blocks, n, width)  # [B, G, width]
+    index = columns.unsqueeze(2).expand(-1, -1, v, -1)
+    chosen = blocks.gather(3, index).topk(n, dim=3).indices
     mask = torch.zeros_like(blocks, dtype=torch.bool).scatter_(3, index.gather(3, chosen), True)
-    return mask.transpose(1, 2).reshape(rows, groups * spec.m)[:out_features, :in_features].contiguous()
+    return mask.transpose(1, 2).reshape(rows, groups * m)[:out_features, :in_features].contiguous()
 
 
-def choose_columns(blocks: Tensor, spec: Spec) -> Tensor:
-    """Return the 4 columns that each block keeps: scores `[B, G, V, M]` to int64 `[B, G, 4]`, increasing."""
+def choose_columns(blocks: Tensor, n: int, width: int = KEPT_COLUMNS) -> Tensor:
+    """Return the columns that each block keeps: scores `[B, G, V, M]` to int64 `[B, G, width]`, increasing."""
     b, g, v, m = blocks.shape
-    if m == KEPT_COLUMNS:
-        return torch.arange(KEPT_COLUMNS, device=blocks.device).expand(b, g, KEPT_COLUMNS)
+    if m == width:
+        return torch.arange(width, device=blocks.device).expand(b, g, width)
     flat = blocks.reshape(b * g, v, m)
-    search = _exact if m <= EXACT_UP_TO else grow_columns
+    if n == width:
+        return flat.sum(1).topk(width).indices.sort(1).values.view(b, g, width)
+    exact = width == KEPT_COLUMNS and n in (1, 2) and m <= EXACT_UP_TO
+    search = partial(_exact, n=n) if exact else partial(grow_columns, n=n, width=width)
     chunk = max(1, _CHUNK_ELEMENTS // (v * m))
-    columns = [search(part, spec.n) for part in flat.split(chunk)] if flat.numel() else [flat.new_zeros(0, 4)]
-    return torch.cat(columns).long().view(b, g, KEPT_COLUMNS)
+    columns = [search(part) for part in flat.split(chunk)] if flat.numel() else [flat.new_zeros(0, width)]
+    return torch.cat(columns).long().view(b, g, width)
 
 
 def column_value(blocks: Tensor, columns: Tensor, n: int) -> Tensor:

@@ -21,7 +21,7 @@ class _Use:
         self.spec = spec
         self.positions = positions.to(scores.device)
         self.scores = torch.nn.functional.pad(scores, pad)
-        start = choose_columns(self._blocks(slice(None)), spec) if spec.m <= 8 else None
+        start = choose_columns(self._blocks(slice(None)), spec.n) if spec.m <= 8 else None
         self.kept = start if start is not None else self._first_columns()  # [B, G, 4]
         self._improve()
 

@@ -1,0 +1,27 @@
+"""Training into the pattern: masks that tighten while a model trains, and exact V:N:M weights at the end."""
+
+from typing import Any
+
+from vnm_compile.train.finalize import finalize
+from vnm_compile.train.recipes import SRSTE, FixedMask, MaskDecay, Recipe, StructureDecay
+from vnm_compile.train.training import Training, begin
+
+__all__ = [
+    "SRSTE",
+    "FixedMask",
+    "MaskCallback",
+    "MaskDecay",
+    "Recipe",
+    "StructureDecay",
+    "Training",
+    "begin",
+    "finalize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MaskCallback":  # needs transformers
+        from vnm_compile.train.trainer import MaskCallback
+
+        return MaskCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,282 @@
+"""`vnm.train.begin`: masks on a model's layers, and the clock that moves them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vnm_compile.annotate import ANY_SIZE, Selector, select_layers
+from vnm_compile.checks import check_usable
+from vnm_compile.errors import BadOption, BadScores, NothingSelected, UnsupportedWeight, at_layer
+from vnm_compile.format import detect
+from vnm_compile.layers import Layer
+from vnm_compile.spec import Spec
+from vnm_compile.tensor import VNMTensor
+from vnm_compile.train.clock import Clock
+from vnm_compile.train.finalize import finalize
+from vnm_compile.train.masked import Masked, guard_loading, masked_layers, trained_weight, unguard_loading
+from vnm_compile.train.recipes import FixedMask, MaskDecay, Recipe
+
+
+def begin(
+    model: nn.Module,
+    spec: Spec | str | Mapping[Selector, Spec | str | None] | None,
+    recipe: Recipe | None = None,
+    steps: int | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    include: Iterable[Selector] | Selector | None = None,
+    exclude: Iterable[Selector] | Selector | None = None,
+) -> Training:
+    """Put masks on the linears of `model` that tighten while it trains.
+
+    The masks are parametrizations (`torch.nn.utils.parametrize`): parameters stay the same objects, so the optimizer
+    may exist already; the forward pass multiplies by masked weights, and `state_dict` holds weights and masks.
+
+    Args:
+        model: its selected layers get masks, in place; on an error none does.
+        spec: the goal, one pattern or one per selector, as for `vnm.annotate`; None with `FixedMask` takes the patterns
+            that the weights follow.
+        recipe: how masks come about; `MaskDecay()` unless given.
+        steps: optimizer steps of the whole run; may be given later, to `Training.start`.
+        optimizer: whose steps are counted from then on without a call to `Training.step`; also one that accelerate has
+            wrapped. Steps that are left out (gradient accumulation, a loss scaler that skips) do not count.
+        include, exclude: which linears, as for `vnm.annotate`.
+
+    Returns:
+        What is called `step` after each optimizer step, and `finalize` at the end.
+
+    Raises:
+        VNMError: no layer is selected, a weight cannot be trained so (compressed, tied, computed, no floats, frozen),
+            holds NaN, or the steps are too few for the recipe.
+    """
+    recipe = MaskDecay() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise BadOption(f"recipe is a {type(recipe).__name__}; give one such as vnm.train.MaskDecay().")
+    chosen = _chosen(model, spec, recipe, include, exclude)
+    specs = [each for _, each in chosen]
+    if steps is not None:
+        Clock.of(recipe, steps, specs)
+    if recipe.needs_optimizer and optimizer is None and steps is not None:
+        raise BadOption(f"{type(recipe).__name__} acts after the optimizer's steps; give begin(..., optimizer=...).")
+    for layer, layer_spec in chosen:
+        masked = Masked(recipe, layer_spec, layer.stored, layer.transposed)  # type: ignore[arg-type]
+        parametrize.register_parametrization(layer.module, "weight", masked)
+    training = Training(model, recipe)
+    guard_loading(model)
+    try:
+        if steps is not None:
+            training.start(steps, optimizer=optimizer)
+        elif optimizer is not None:
+            training.follow(optimizer)
+    except BaseException:
+        for layer, _ in chosen:
+            parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
+        unguard_loading(model)
+        raise
+    return training
+
+
+class Training:
+    """A model on its way into a pattern.
+
+    Attributes:
+        recipe: how masks come about.
+        steps: optimizer steps of the run; None until it is started.
+        step_number: optimizer steps that were made.
+        flips: share of the masks' places that the last recomputation changed.
+        mask_seconds: seconds spent on masks so far.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.step_number, self.flips, self.mask_seconds = 0, 0.0, 0.0
+        self._model = model
+        self._layers = list(masked_layers(model))
+        self._clock: Clock | None = None
+        self._began = time.perf_counter()
+        self._hook: Any = None
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the run; None until it is started."""
+        return self._clock.steps if self._clock else None
+
+    def start(self, steps: int, step: int = 0, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Set the clock: the run has `steps` optimizer steps, of which `step` are made.
+
+        At step 0 the first masks are computed. Later, as where a checkpoint was loaded, masks stay as they are.
+
+        Raises:
+            VNMError: the steps are too few for the recipe, or a weight holds NaN.
+        """
+        self._clock = Clock.of(self.recipe, steps, [masked.spec for _, _, masked in self._layers])
+        if type(step) is not int or not 0 <= step <= steps:
+            raise BadOption(f"step={step!r}: the run has {steps} steps.")
+        self.step_number, self._began = step, time.perf_counter()
+        if step == 0:
+            self._move()
+        else:
+            self._turn()
+        if optimizer is not None:
+            self.follow(optimizer)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the steps of an optimizer; `step` need not be called any more."""
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        if not hasattr(inner, "register_step_post_hook"):
+            raise BadOption(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer.")
+        self.unfollow()
+        # It keeps this alive: a user who has given the optimizer need not keep what `begin` returned.
+        self._hook = inner.register_step_post_hook(lambda optimizer, *_: self.step(optimizer))
+
+    def unfollow(self) -> None:
+        """Count no optimizer's steps any more."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move on by one optimizer step: recompute masks where it is time, and turn the recipe's dial.
+
+        Raises:
+            VNMError: the clock was not set, or a weight holds NaN. Nothing is changed then.
+        """
+        if self._clock is None:
+            raise BadOption("the run was not started: give begin(..., steps=...), or call start(steps).")
+        if optimizer is not None and self.recipe.needs_optimizer:
+            self._after_step(optimizer)
+        self.step_number += 1
+        try:
+            self._move()
+        except BaseException:
+            self.step_number -= 1
+            raise
+
+    @property
+    def mask_share(self) -> float:
+        """Share of the time since the start that went into masks."""
+        return self.mask_seconds / max(1e-9, time.perf_counter() - self._began)
+
+    def finalize(self) -> list[str]:
+        """Make the weights exact and ordinary again; see `vnm.finalize`."""
+        self.unfollow()
+        return finalize(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is; weights and masks are in the model's own state dict."""
+        return {"step": self.step_number, "steps": self.steps, **self.recipe.options()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run stopped; the model's state dict is loaded on its own.
+
+        Raises:
+            VNMError: that run had another recipe or length.
+        """
+        mine = {"steps": self.steps, **self.recipe.options()}
+        theirs = {key: state.get(key) for key in mine if not (key == "steps" and mine[key] is None)}
+        for key, value in theirs.items():
+            if mine[key] != value:
+                raise BadOption(f"the state is of a run with {key}={value!r}; this one has {mine[key]!r}.")
+        self.start(state["steps"], state["step"])
+
+    def __repr__(self) -> str:
+        where = "not started" if self._clock is None else f"step {self.step_number} of {self.steps}"
+        return (
+            f"Training({self.recipe}, {len(self._layers)} layers, {where}, masks changed in {self.flips:.2%} of their "
+            f"places, {self.mask_share:.1%} of the time)"
+        )
+
+    def _move(self) -> None:
+        """Masks and dial for the step that comes."""
+        clock, begin = self._clock, time.perf_counter()
+        assert clock is not None
+        step = self.step_number
+        due = [each for each in self._layers if clock.recomputes(step, each[2].spec)]
+        if due:
+            share = clock.share(step)
+            masks = [_mask(*each, self.recipe, share) for each in due]  # all or none
+            changed = sum(int((new != each[2].mask).sum()) for new, each in zip(masks, due, strict=True))
+            self.flips = changed / sum(new.numel() for new in masks)
+            for new, (_, _, masked) in zip(masks, due, strict=True):
+                masked.mask.copy_(new)
+        self._turn()
+        self.mask_seconds += time.perf_counter() - begin
+
+    def _turn(self) -> None:
+        assert self._clock is not None
+        dial = self.recipe.dial(self._clock.share(self.step_number)) if self._clock.masks(self.step_number) else 1.0
+        for _, _, masked in self._layers:
+            masked.dial.fill_(dial)
+            masked.final.fill_(self._clock.final(self.step_number))
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+        for _, module, masked in self._layers:
+            weight = trained_weight(module)
+            if id(weight) in rates and self._clock is not None and self._clock.masks(self.step_number):
+                self.recipe.after_step(weight, masked.mask, masked.dial, float(rates[id(weight)]))
+
+
+@torch.no_grad()
+def _mask(name: str, module: nn.Module, masked: Masked, recipe: Recipe, share: float) -> Tensor:
+    weight = masked.as_stored(_whole(trained_weight(module)))
+    try:
+        mask = recipe.pattern(masked.spec, share).mask(recipe.scores(weight))
+    except BadScores as error:
+        raise at_layer(name, f"its masks cannot be chosen: {error} (has the loss become NaN?)", BadScores) from error
+    return masked.as_stored(mask)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All of a weight that FSDP2 has sharded."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()  # type: ignore[operator]
+
+
+def _chosen(
+    model: nn.Module,
+    spec: Spec | str | Mapping[Selector, Spec | str | None] | None,
+    recipe: Recipe,
+    include: Iterable[Selector] | Selector | None,
+    exclude: Iterable[Selector] | Selector | None,
+) -> list[tuple[Layer, Spec]]:
+    """The layers that get masks, and their goals, checked."""
+    if spec is None and not isinstance(recipe, FixedMask):
+        raise BadOption("spec is None: only FixedMask takes the patterns that weights follow already.")
+    selected = select_layers(model, ANY_SIZE if spec is None else spec, include, exclude)
+    layers = [layer for layer, _ in selected]
+    for layer in layers:
+        if isinstance(layer.stored, VNMTensor):
+            raise at_layer(
+                layer.name,
+                "its weight is compressed; call vnm.decompress_model(model) first.",
+                UnsupportedWeight,
+            )
+    check_usable(layers, written=True)
+    for layer in layers:
+        if layer.stored is not None and not layer.stored.requires_grad:
+            raise at_layer(
+                layer.name, "its weight does not require gradients; unfreeze or exclude it.", UnsupportedWeight
+            )
+    if spec is None:
+        found = [(layer, detect(layer.weight.detach())) for layer in layers]
+        selected = [(layer, each) for layer, each in found if each is not None]
+    if not selected:
+        raise NothingSelected("no layer is left to train into a pattern; name layers with include=, or give another V.")
+    if isinstance(recipe, FixedMask):
+        _check_pruned(selected)
+    return selected
+
+
+def _check_pruned(selected: list[tuple[Layer, Spec]]) -> None:
+    from vnm_compile.format import matches, pack
+
+    for layer, spec in selected:
+        if not matches(layer.weight.detach(), spec):
+            pack(layer.weight.detach(), spec, layer.name)  # raises, and shows where
