@@ -21,6 +21,7 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+import torch._inductor.config
 
 # Tests that may be skipped in CI: those that need a GPU. A job that skips more than these must not pass.
 ALLOWED_SKIPS_IN_CI = 0
@@ -65,11 +66,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in gpu]
 
 
+OPTIMISED = ("codegen/", "inspection/", "benchmarks/", "test_docs.py", "test_backend.py", "test_epilogues.py")
+"""Where C++ is compiled as users' is. Elsewhere it is not optimised: g++ takes half the time, and what is asked is whether
+the right code is generated, not what a compiler makes of it. Processes that tests start optimise everywhere."""
+
+
 @pytest.fixture(autouse=True)
-def _fresh():
+def _fresh(request: pytest.FixtureRequest):
     """No compiled code of one test answers in another, and its random numbers are its own."""
     torch._dynamo.reset()
     torch.manual_seed(0)
+    where = request.path.relative_to(Path(__file__).parent).as_posix()
+    torch._inductor.config.aot_inductor.debug_compile = not where.startswith(OPTIMISED)
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_bias_and_residual_of_any_layout():
             assert ours.stride() == eager.stride()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_packed_arrays_may_lie_anywhere(dtype):
     """In one storage, at addresses that no vector is aligned to, and with strides."""
     spec, out_features, in_features = Spec(16, 2, 8), 40, 72

@@ -41,7 +41,7 @@ def measure(dtype: torch.dtype) -> None:
     assert after <= 1.1 * compressed, f"{after} bytes are held, {compressed} before compiling"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_compiling_adds_no_copy_of_the_weights(dtype):
     code = f"import torch; from tests.test_memory import measure; measure(torch.{dtype})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -73,7 +73,13 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
+# One of each kind; the others repeat what these have.
+FIRST = ("bert", "gpt2", "llama", "mixtral", "vit")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+)
 def test_zoo(name):
     torch.manual_seed(0)
     make, make_inputs = ZOO[name]
@@ -98,7 +104,7 @@ def test_zoo(name):
     assert report.totals["sparse"] >= 8
 
 
-@pytest.mark.parametrize("fastpath", [True, False])
+@pytest.mark.parametrize("fastpath", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_transformer_encoder(fastpath):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)

@@ -69,6 +69,7 @@ def test_the_cases_cover_the_targets():
     assert {case.dtype for case in gpu_cases.correctness()} == {torch.bfloat16, torch.float16, torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", gpu_models.WAYS)
 def test_blocks_are_right_in_every_way(way):
     small = [

@@ -7,6 +7,7 @@ import pytest
 from tests.load import processes
 
 
+@pytest.mark.slow  # tests/test_caches.py has the like
 def test_a_second_process_starts_warm():
     compiled, equal, added = processes.warm_start()
     assert (compiled, equal, added) == (0, True, 0)

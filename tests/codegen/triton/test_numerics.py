@@ -118,7 +118,7 @@ def test_prologue_and_epilogue_are_fused_and_right(interpreter, spec, tokens, dt
     expect(interpreter, generated, inputs, dense, exact)
 
 
-@pytest.mark.parametrize("tokens", [2, 50])
+@pytest.mark.parametrize("tokens", [2, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated(interpreter, activation, tokens):
     pattern, x, gate, gate_weight = case("32:2:8", tokens, 72, 132, torch.bfloat16)
