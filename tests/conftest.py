@@ -67,8 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 OPTIMISED = ("codegen/", "inspection/", "benchmarks/", "test_docs.py", "test_backend.py", "test_epilogues.py")
-"""Where C++ is compiled as users' is. Elsewhere it is not optimised: g++ takes half the time, and what is asked is whether
-the right code is generated, not what a compiler makes of it. Processes that tests start optimise everywhere."""
+"""Where C++ is compiled as users' is. Elsewhere it is not optimised: g++ takes half the time, and what is asked is
+whether the right code is generated, not what a compiler makes of it. Processes that tests start optimise everywhere."""
 
 
 @pytest.fixture(autouse=True)
