@@ -55,19 +55,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "vnm_compile/backend.py",
     ),
     _weights("refresh forgets nothing", "one_row_and_refresh", "        self._all_suspected = self.epoch\n", ""),
-    _weights(
-        "addresses are not compared",
-        "data_new",
-        "if [weight.data_ptr() for weight in packed] != self._addresses:",
-        "if False:",
-        "vnm_compile/dispatch.py",
-    ),
-    _weights(
-        "storages are not compared",
-        "data_new new_parameter",
-        "if [*map(id, storages)] != self._storages:",
-        "if False:",
-        "vnm_compile/dispatch.py",
+    Mutant(
+        "places are not compared",  # addresses and storages: either alone sees what the other does
+        (
+            (
+                "vnm_compile/dispatch.py",
+                "if [weight.data_ptr() for weight in packed] != self._addresses:",
+                "if False:",
+            ),
+            ("vnm_compile/dispatch.py", "if [*map(id, storages)] != self._storages:", "if False:"),
+        ),
+        only=("chain", "siblings"),
+        means=("data_new", "new_parameter"),
     ),
     _weights(
         "equal sizes count as equal contents",
