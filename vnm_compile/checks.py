@@ -21,7 +21,7 @@ def why_unusable(layer: Layer, *, written: bool = False, values: bool = True) ->
     """Return why the weight of `layer` cannot be pruned or compressed, and the way out; None where it can.
 
     Nothing of the layer is computed or changed: only what it holds is looked at. A weight that is compressed already
-    is usable.
+    is usable, but for writing.
 
     Args:
         written: the weight will be written in place, as pruning does: its memory must then be its own.
@@ -33,6 +33,8 @@ def why_unusable(layer: Layer, *, written: bool = False, values: bool = True) ->
         return _why_no_parameter(layer.module)
     if nn.parameter.is_lazy(weight):
         return "its weight has no shape yet (a lazy module); run one batch through the model first."
+    if isinstance(weight, VNMTensor) and written:
+        return "its weight is compressed already; call vnm.decompress_model(model) first."
     if isinstance(weight, VNMTensor):
         return _why_no_values(layer.module, weight.values) if values else None
     return (

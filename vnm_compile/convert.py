@@ -17,7 +17,7 @@ from vnm_compile.annotate import (
 )
 from vnm_compile.checks import check_usable
 from vnm_compile.errors import NothingSelected
-from vnm_compile.format import matches
+from vnm_compile.format import check_pattern
 from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.spec import Spec
@@ -52,8 +52,7 @@ def compress_model(
             "no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one."
         )
     for layer, layer_spec in chosen:
-        if not matches(layer.weight, layer_spec):
-            compress(layer.weight, layer_spec, layer.name)  # raises, and shows where
+        check_pattern(layer.weight, layer_spec, layer.name)
     for layer, layer_spec in chosen:
         # One at a time: the dense weight is freed before the next one is packed.
         with torch.inference_mode(False), torch.no_grad():

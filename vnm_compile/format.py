@@ -134,6 +134,16 @@ def matches(weight: Tensor, spec: Spec | str) -> bool:
     return _rows_fit(nonzero, spec.m) <= spec.n and spec.v in _matching_v(nonzero, spec.m, (spec.v,))
 
 
+def check_pattern(weight: Tensor, spec: Spec, layer: str | None = None) -> None:
+    """Raise where `weight` `[O, K]` breaks `spec`; nothing is packed where it does not.
+
+    Raises:
+        VNMError: as `pack`: the message starts with `layer` and shows the first block that breaks the pattern.
+    """
+    if not matches(weight, spec):
+        raise _violation(weight, spec, layer)
+
+
 def detect(weight: Tensor) -> Spec | None:
     """Return the pattern that `weight` `[O, K]` follows, or None.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vnm_compile.contents import Content, Place, Watch, contents, on_real_values
-from vnm_compile.format import Packed, detect, matches, pack
+from vnm_compile.format import Packed, check_pattern, detect, matches, pack
 from vnm_compile.prepack import Prepack
 from vnm_compile.session import session
 from vnm_compile.spec import Spec
@@ -53,8 +53,7 @@ def hold_to_pattern(weight: Tensor, transposed: bool, spec: Spec, name: str) -> 
     if (transposed, spec) not in known:
         with on_real_values():
             matrix = weight.t() if transposed else weight
-            if not matches(matrix, spec):
-                pack(matrix, spec, name)  # raises, and shows where
+            check_pattern(matrix, spec, name)
         known.add((transposed, spec))
 
 

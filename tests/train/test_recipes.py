@@ -146,6 +146,7 @@ def test_it_never_ends_without_the_final_mask():
     [
         lambda: MaskDecay(dense=0.5, fixed=0.5),
         lambda: MaskDecay(dense=-0.1),
+        lambda: FixedMask(dense=0.1),
         lambda: MaskDecay(fixed=math.nan),
         lambda: MaskDecay(dense="some"),
         lambda: MaskDecay(every=0),

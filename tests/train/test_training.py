@@ -145,6 +145,26 @@ def test_a_fixed_mask_keeps_the_zeros_of_a_pruned_model():
         train.begin(model(), SPEC, train.FixedMask(), 5)
 
 
+def test_a_fixed_mask_keeps_zeros_that_the_pattern_would_allow_values_for():
+    net = model()
+    vnm.sparsify(net, SPEC, progress=False)
+    with torch.no_grad():
+        net[0].weight[3] = 0
+        net[0].weight[5, ::3] = 0
+    zeros = net[0].weight == 0
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    train.begin(net, SPEC, train.FixedMask(every=1), 6, optimizer=optimizer)
+    run(net, optimizer, batches(6))
+    vnm.finalize(net)
+    assert torch.equal(net[0].weight == 0, zeros)
+
+
+def test_a_decay_that_follows_the_optimizer_is_not_left_out_silently():
+    training = train.begin(model(), SPEC, train.SRSTE(decoupled=True))
+    with pytest.raises(BadOption, match="optimizer="):
+        training.start(9)
+
+
 def test_conv1d_is_masked_the_way_round_that_it_multiplies():
     transformers = pytest.importorskip("transformers")
     net = nn.Sequential(transformers.pytorch_utils.Conv1D(48, 24))
@@ -226,9 +246,11 @@ def test_tied_weights_are_refused_by_name():
     assert [name for name, _, _ in masked_layers(net)] == ["fc"]
 
 
-def test_a_loss_that_becomes_nan_is_told_at_the_next_mask():
+@pytest.mark.parametrize("recipe", [train.MaskDecay(every=1), train.FixedMask(every=1)], ids=["decay", "fixed"])
+def test_a_loss_that_becomes_nan_is_told_at_the_next_mask(recipe):
     net = model()
-    training = train.begin(net, SPEC, train.MaskDecay(every=1), STEPS)
+    vnm.sparsify(net, SPEC, progress=False)
+    training = train.begin(net, SPEC, recipe, STEPS)
     with torch.no_grad():
         net[2].parametrizations.weight.original[3, 4] = torch.nan
     with pytest.raises(BadScores, match=r"^2: .*NaN"):

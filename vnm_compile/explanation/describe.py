@@ -16,7 +16,7 @@ from vnm_compile.checks import why_unusable
 from vnm_compile.cost import CostModel
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.explanation.layer import COMPRESSED, LayerReport
-from vnm_compile.format import matches, pack
+from vnm_compile.format import check_pattern
 from vnm_compile.inventory import dense_weights
 from vnm_compile.layers import Layer, linear_layers, plain_name
 from vnm_compile.layout import Layout
@@ -130,8 +130,7 @@ def _by_weight(layer: Layer, device: str) -> LayerReport:
     elif annotation is not None:
         spec, reason = annotation.spec, "annotated"
         with torch.no_grad():
-            if not matches(layer.weight, spec):
-                pack(layer.weight, spec, layer.name)  # raises, and shows where
+            check_pattern(layer.weight, spec, layer.name)
     else:
         assert weight is not None, "a usable weight is stored"
         spec = detected_spec(weight, layer.transposed)

@@ -25,7 +25,6 @@ from vnm_compile.prune.pruned import Pruned, uninterrupted, write_all
 from vnm_compile.prune.resume import PrunedLayers
 from vnm_compile.prune.sparsify_report import SparsifyReport
 from vnm_compile.spec import Spec
-from vnm_compile.tensor import VNMTensor
 
 Shares = Mapping[str, tuple[float, float]]
 """By layer, what the best mask keeps of its importance, before and after a permutation."""
@@ -178,13 +177,6 @@ def _own_modes(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def _check(layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        if isinstance(layer.stored, VNMTensor):
-            raise at_layer(
-                layer.name,
-                "its weight is compressed already; call vnm.decompress_model(model) first.",
-                UnsupportedWeight,
-            )
     check_usable(layers, written=True)
     for layer in layers:
         # NaN is passed on by both; isfinite() would make copies of the weight.

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from vnm_compile.annotate import set_annotation
 from vnm_compile.errors import NothingSelected, UnfinishedTraining, at_layer
-from vnm_compile.format import matches, pack
+from vnm_compile.format import check_pattern
 from vnm_compile.layers import check_module, plain_name
 from vnm_compile.train.masked import masked_layers, trained_weight, unguard_loading
 from vnm_compile.train.pattern import Pattern
@@ -50,8 +50,7 @@ def finalize(model: nn.Module, *, now: bool = False) -> list[str]:
         if not bool(masked.final):
             mask = masked.as_stored(Pattern.of(masked.spec).mask(masked.as_stored(weight).abs()))
         kept = torch.where(mask, weight, 0)
-        if not matches(masked.as_stored(kept), masked.spec):
-            pack(masked.as_stored(kept), masked.spec, plain_name(name))  # raises, and shows where
+        check_pattern(masked.as_stored(kept), masked.spec, plain_name(name))
         exact.append(kept)
     for kept, (name, module, masked) in zip(exact, layers, strict=True):
         trained_weight(module).copy_(kept)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import BadOption
+from vnm_compile.errors import BadOption, BadScores
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 from vnm_compile.train.pattern import Pattern
 
@@ -77,9 +77,9 @@ class Recipe:
         """The one number that changes with the share: `masked` and `decay` read it. At share 1 it is 0."""
         return 0.0
 
-    def scores(self, weight: Tensor) -> Tensor:
-        """What masks are chosen by, for a weight `[O, K]`: its magnitude."""
-        return weight.abs()
+    def mask(self, weight: Tensor, pattern: Pattern) -> Tensor:
+        """The mask of a weight `[O, K]`: the largest magnitudes that the pattern allows."""
+        return pattern.mask(weight.abs())
 
     def masked(self, weight: Tensor, mask: Tensor, dial: Tensor) -> Tensor:
         """The weight that the model multiplies by, differentiable in `weight`.
@@ -109,9 +109,16 @@ class FixedMask(Recipe):
 
     fixed: float = 0.0
 
-    def scores(self, weight: Tensor) -> Tensor:
-        """Non-zeros before zeros; which non-zeros does not matter where all of them fit."""
-        return weight.abs() + (weight != 0)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dense:
+            raise BadOption(f"{self._called()}: dense={self.dense} would train the zeros away that it is to keep.")
+
+    def mask(self, weight: Tensor, pattern: Pattern) -> Tensor:
+        """Where values stand; no place is filled up that the pattern would allow."""
+        if weight.isnan().any():
+            raise BadScores("the weight holds NaN.")
+        return weight != 0
 
 
 @dataclass(frozen=True)

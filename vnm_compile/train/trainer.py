@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 
 from vnm_compile.annotate import Selector
 from vnm_compile.spec import Spec
-from vnm_compile.train.finalize import finalize
 from vnm_compile.train.recipes import Recipe
 from vnm_compile.train.training import Training, begin
 
@@ -45,9 +44,9 @@ class MaskCallback(TrainerCallback):
         assert self.training is not None
         self.training.start(state.max_steps, state.global_step, optimizer)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Make the weights exact."""
         assert self.training is not None
         self.training.unfollow()
         if self._finalize and state.global_step >= state.max_steps:
-            finalize(model)
+            self.training.finalize()  # the model as it was given, not as the Trainer has wrapped it

@@ -13,10 +13,9 @@ from torch.nn.utils import parametrize
 from vnm_compile.annotate import ANY_SIZE, Selector, select_layers
 from vnm_compile.checks import check_usable
 from vnm_compile.errors import BadOption, BadScores, NothingSelected, UnsupportedWeight, at_layer
-from vnm_compile.format import detect
+from vnm_compile.format import check_pattern, detect
 from vnm_compile.layers import Layer
 from vnm_compile.spec import Spec
-from vnm_compile.tensor import VNMTensor
 from vnm_compile.train.clock import Clock
 from vnm_compile.train.finalize import finalize
 from vnm_compile.train.masked import Masked, guard_loading, masked_layers, trained_weight, unguard_loading
@@ -59,11 +58,6 @@ def begin(
     if not isinstance(recipe, Recipe):
         raise BadOption(f"recipe is a {type(recipe).__name__}; give one such as vnm.train.MaskDecay().")
     chosen = _chosen(model, spec, recipe, include, exclude)
-    specs = [each for _, each in chosen]
-    if steps is not None:
-        Clock.of(recipe, steps, specs)
-    if recipe.needs_optimizer and optimizer is None and steps is not None:
-        raise BadOption(f"{type(recipe).__name__} acts after the optimizer's steps; give begin(..., optimizer=...).")
     for layer, layer_spec in chosen:
         masked = Masked(recipe, layer_spec, layer.stored, layer.transposed)  # type: ignore[arg-type]
         parametrize.register_parametrization(layer.module, "weight", masked)
@@ -115,10 +109,12 @@ class Training:
         Raises:
             VNMError: the steps are too few for the recipe, or a weight holds NaN.
         """
-        self._clock = Clock.of(self.recipe, steps, [masked.spec for _, _, masked in self._layers])
+        clock = Clock.of(self.recipe, steps, [masked.spec for _, _, masked in self._layers])
+        if self.recipe.needs_optimizer and optimizer is None and self._hook is None:
+            raise BadOption(f"{type(self.recipe).__name__} acts after the optimizer's steps; give optimizer=.")
         if type(step) is not int or not 0 <= step <= steps:
             raise BadOption(f"step={step!r}: the run has {steps} steps.")
-        self.step_number, self._began = step, time.perf_counter()
+        self._clock, self.step_number, self._began = clock, step, time.perf_counter()
         if step == 0:
             self._move()
         else:
@@ -197,7 +193,9 @@ class Training:
         clock, begin = self._clock, time.perf_counter()
         assert clock is not None
         step = self.step_number
-        due = [each for each in self._layers if clock.recomputes(step, each[2].spec)]
+        specs = {masked.spec for _, _, masked in self._layers}
+        moving = {spec for spec in specs if clock.recomputes(step, spec)}
+        due = [each for each in self._layers if each[2].spec in moving]
         if due:
             share = clock.share(step)
             masks = [_mask(*each, self.recipe, share) for each in due]  # all or none
@@ -228,7 +226,7 @@ class Training:
 def _mask(name: str, module: nn.Module, masked: Masked, recipe: Recipe, share: float) -> Tensor:
     weight = masked.as_stored(_whole(trained_weight(module)))
     try:
-        mask = recipe.pattern(masked.spec, share).mask(recipe.scores(weight))
+        mask = recipe.mask(weight, recipe.pattern(masked.spec, share))
     except BadScores as error:
         raise at_layer(name, f"its masks cannot be chosen: {error} (has the loss become NaN?)", BadScores) from error
     return masked.as_stored(mask)
@@ -251,13 +249,6 @@ def _chosen(
         raise BadOption("spec is None: only FixedMask takes the patterns that weights follow already.")
     selected = select_layers(model, ANY_SIZE if spec is None else spec, include, exclude)
     layers = [layer for layer, _ in selected]
-    for layer in layers:
-        if isinstance(layer.stored, VNMTensor):
-            raise at_layer(
-                layer.name,
-                "its weight is compressed; call vnm.decompress_model(model) first.",
-                UnsupportedWeight,
-            )
     check_usable(layers, written=True)
     for layer in layers:
         if layer.stored is not None and not layer.stored.requires_grad:
@@ -270,13 +261,6 @@ def _chosen(
     if not selected:
         raise NothingSelected("no layer is left to train into a pattern; name layers with include=, or give another V.")
     if isinstance(recipe, FixedMask):
-        _check_pruned(selected)
+        for layer, goal in selected:
+            check_pattern(layer.weight.detach(), goal, layer.name)
     return selected
-
-
-def _check_pruned(selected: list[tuple[Layer, Spec]]) -> None:
-    from vnm_compile.format import matches, pack
-
-    for layer, spec in selected:
-        if not matches(layer.weight.detach(), spec):
-            pack(layer.weight.detach(), spec, layer.name)  # raises, and shows where
