@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import cycle, islice
 from statistics import median
 from typing import Any
 
@@ -36,6 +37,7 @@ _STREAMED_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of weights in turn: mo
 _MOST_COPIES = {"cpu": 2048, "cuda": 256}
 _SECONDS = 0.25  # of timing a problem, once compiled
 _ROUNDS = (5, 50)  # at least, at most
+_ROUND_SECONDS = 0.01  # of a round on a CPU: it makes as many calls as fit, at least one
 
 _known: dict[str, Timing | Failure] = session.keep("timings", {})
 _one_at_a_time = threading.RLock()
@@ -149,22 +151,23 @@ def _alternate(sparse: list[Callable[[], Any]], dense: list[Callable[[], Any]], 
     while len(seconds[0]) < _ROUNDS[0] or (time.perf_counter() - start < _SECONDS and len(seconds[0]) < _ROUNDS[1]):
         for taken, run in zip(seconds, rounds, strict=True):
             taken.append(run())
-    return Timing(median(seconds[0]) / len(sparse), median(seconds[1]) / len(dense))
+    return Timing(median(seconds[0]), median(seconds[1]))
 
 
 def _round(calls: list[Callable[[], Any]], device: torch.device) -> Callable[[], float]:
-    """What makes all the calls once, and returns the seconds; it is warm."""
+    """What makes calls, on a CPU the next ones in turn, and returns the seconds a call; it is warm."""
     if device.type == "cuda":
         return _replay(calls)
-    calls[0]()
+    in_turn = cycle(calls)
 
-    def run() -> float:
+    def run(count: int) -> float:
         begin = time.perf_counter()
-        for call in calls:
+        for call in islice(in_turn, count):
             call()
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / count
 
-    return run
+    run(1)
+    return partial(run, max(1, min(len(calls), int(_ROUND_SECONDS / run(1)))))
 
 
 def _replay(calls: list[Callable[[], Any]]) -> Callable[[], float]:
@@ -187,7 +190,7 @@ def _replay(calls: list[Callable[[], Any]]) -> Callable[[], float]:
         graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return start.elapsed_time(end) * 1e-3 / len(calls)
 
     return run
 
