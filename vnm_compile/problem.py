@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import log2
 from typing import NamedTuple
 
@@ -38,5 +38,5 @@ class Failure(NamedTuple):
     reason: str
 
 
-Measure = Callable[[Problem], Timing | Failure | None]
-"""Times a problem on its device; None where no sparse kernel exists for it."""
+Measure = Callable[[Sequence[Problem]], list[Timing | Failure | None]]
+"""Times problems on their devices; None where no sparse kernel exists for one."""

@@ -7,11 +7,14 @@ import json
 import os
 import random
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.cpp_builder import CppBuilder
+from torch._inductor.utils import fresh_cache
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,10 +77,10 @@ def test_the_callers_state_neither_matters_nor_changes():
     try:
         with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             before = state()
-            first = measuring.measure(one)
+            (first,) = measuring.measure([one])
             assert state() == before
         with Refuses(), RefusesFunctions():
-            second = measuring.measure(other)
+            (second,) = measuring.measure([other])
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_default_dtype(torch.float32)
@@ -101,7 +104,7 @@ def test_as_many_bytes_of_both_weights(monkeypatch, size, device, spec):
 
 def test_token_counts_are_rounded_to_powers_of_two(timed):
     for tokens in (1, 2, 3, 4, 5, 60, 64, 70, 90, 91, 128, 0):
-        measuring.measure(problem(tokens))
+        measuring.measure([problem(tokens)])
     assert [each.tokens for each in timed] == [1, 2, 4, 64, 128]
 
 
@@ -129,27 +132,72 @@ def test_what_cannot_be_measured_stays_dense_for_that_reason(monkeypatch, error)
     assert "measuring it failed" in seen.reason
     assert type(error).__name__ in seen.reason
     assert "\n" not in seen.reason
-    assert isinstance(measuring.measure(problem(3)), Failure)
+    assert isinstance(measuring.measure([problem(3)])[0], Failure)
     assert len(calls) == 1, "it is not tried again"
     assert timings.load(problem(3)) is None, "nor kept"
 
 
+def test_kernels_of_several_problems_are_compiled_once_and_side_by_side(monkeypatch):
+    built: list[str] = []
+    compile_cpp = CppBuilder.build
+    monkeypatch.setattr(
+        CppBuilder, "build", lambda self: built.append(self.get_target_file_path()) or compile_cpp(self)
+    )
+    graphs: list[int] = []
+    compile_graph = measuring._compile
+    monkeypatch.setattr(
+        measuring, "_compile", lambda gm, inputs: graphs.append(len(inputs)) or compile_graph(gm, inputs)
+    )
+    asked = [problem(2, 48), problem(2, 80), problem(2, 48), problem(2, 80, dtype=torch.bfloat16)]
+    with fresh_cache():
+        answers = measuring.measure(asked)
+    assert all(isinstance(each, Timing) for each in answers)
+    assert answers[0] == answers[2]
+    assert graphs[0] == 3 * 5, "three problems in one graph, each with x, bias and three arrays"
+    assert len(graphs) == 1 + 2 * 3
+    kernels = [each for each in built if each.endswith(".main.so")]
+    assert len(kernels) == len(set(kernels)) == 3, "what was compiled side by side is what is timed"
+
+
+def test_one_problem_that_cannot_be_compiled_does_not_keep_others_from_being_measured(monkeypatch):
+    compile_graph = measuring._compile
+
+    def fail(gm, inputs):
+        if any(each.dtype == torch.bfloat16 for each in inputs):
+            raise RuntimeError("g++: internal compiler error")
+        return compile_graph(gm, inputs)
+
+    monkeypatch.setattr(measuring, "_compile", fail)
+    fails, works = measuring.measure([problem(dtype=torch.bfloat16), problem()])
+    assert isinstance(fails, Failure)
+    assert isinstance(works, Timing)
+
+
+def test_rounds_go_through_all_copies_in_turn():
+    made: list[int] = []
+    run = measuring._round([partial(made.append, i) for i in range(5)], torch.device("cpu"))
+    for _ in range(3):
+        assert run() > 0
+    assert made == [i % 5 for i in range(len(made))]
+    assert len(made) == 2 + 3 * 5, "each fits, so a round is all of them"
+
+
 def test_kept_for_the_next_process(timed, monkeypatch):
-    measuring.measure(problem())
+    measuring.measure([problem()])
     monkeypatch.setattr(measuring, "_known", {})
-    assert measuring.measure(problem()) == Timing(1e-6, 2e-6)
+    assert measuring.measure([problem()]) == [Timing(1e-6, 2e-6)]
     assert len(timed) == 1
 
 
 def test_another_processor_or_number_of_threads_is_another_problem(timed, monkeypatch):
-    measuring.measure(problem())
+    measuring.measure([problem()])
     monkeypatch.setattr(timings, "_cpu", lambda: "another model")
-    measuring.measure(problem())
+    measuring.measure([problem()])
     assert len(timed) == 2
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        measuring.measure(problem())
+        measuring.measure([problem()])
     finally:
         torch.set_num_threads(threads)
     assert len(timed) == 3
@@ -179,14 +227,14 @@ def test_files_that_are_cut_or_foreign_are_measured_again(timed, content):
     path = timings._path(problem())
     path.parent.mkdir()
     path.write_bytes(content)
-    assert measuring.measure(problem()) == Timing(1e-6, 2e-6)
+    assert measuring.measure([problem()]) == [Timing(1e-6, 2e-6)]
     assert len(timed) == 1
     assert json.loads(path.read_text()) == {"sparse": 1e-6, "dense": 2e-6}
 
 
 def test_a_directory_that_cannot_be_written(timed, monkeypatch, tmp_path, caplog):
     (tmp_path / "vnm").write_text("in the way")
-    assert measuring.measure(problem(1)) == Timing(1e-6, 2e-6)
+    assert measuring.measure([problem(1)]) == [Timing(1e-6, 2e-6)]
     assert "could not be kept" in caplog.text
     (tmp_path / "vnm").unlink()
 
@@ -194,14 +242,14 @@ def test_a_directory_that_cannot_be_written(timed, monkeypatch, tmp_path, caplog
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    assert measuring.measure(problem(2)) == Timing(1e-6, 2e-6)
+    assert measuring.measure([problem(2)]) == [Timing(1e-6, 2e-6)]
     assert not list((tmp_path / "vnm").iterdir()), "nothing is left behind"
 
     def forbidden():
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(timings, "cache_dir", forbidden)
-    assert measuring.measure(problem(4)) == Timing(1e-6, 2e-6)
+    assert measuring.measure([problem(4)]) == [Timing(1e-6, 2e-6)]
 
 
 def test_readers_see_whole_files(tmp_path):

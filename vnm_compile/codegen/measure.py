@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import cycle, islice
@@ -26,7 +26,8 @@ from vnm_compile._torch import tracing, without_function_modes, without_modes
 from vnm_compile.codegen import timings
 from vnm_compile.codegen.inductor import compile_graph, has_lowering, prepack_of
 from vnm_compile.codegen.random_arrays import random_packed
-from vnm_compile.format import unpack
+from vnm_compile.format import Packed, unpack
+from vnm_compile.layout import Layout
 from vnm_compile.ops import weight_args
 from vnm_compile.problem import Failure, Problem, Timing
 from vnm_compile.session import session
@@ -43,20 +44,41 @@ _known: dict[str, Timing | Failure] = session.keep("timings", {})
 _one_at_a_time = threading.RLock()
 
 
-def measure(problem: Problem) -> Timing | Failure | None:
-    """Return the seconds of the sparse and of the dense kernel for `problem.measured()`.
+def measure(problems: Sequence[Problem]) -> list[Timing | Failure | None]:
+    """Return the seconds of the sparse and of the dense kernel for each problem (for its `measured()`).
 
     None where there is no sparse kernel; a `Failure` where one of them cannot be compiled or run, such as for want of
     memory. That is not tried again in this process.
     """
-    if not has_lowering(problem.device.type):
-        return None
-    problem = problem.measured()
-    key = timings.key(problem)
+    asked = {timings.key(each.measured()): each.measured() for each in problems if has_lowering(each.device.type)}
     with _one_at_a_time:
-        if key not in _known:
-            _known[key] = timings.load(problem) or _measure(problem)
-        return _known[key]
+        for key, problem in asked.items():
+            if key not in _known and (timing := timings.load(problem)) is not None:
+                _known[key] = timing
+        new = {key: problem for key, problem in asked.items() if key not in _known}
+        _compile_side_by_side(list(new.values()))
+        for key, problem in new.items():
+            _known[key] = _measure(problem)
+        return [_known.get(timings.key(each.measured())) for each in problems]
+
+
+def _compile_side_by_side(problems: Sequence[Problem]) -> None:
+    """Compile what will be timed as one graph a device: Inductor compiles the kernels of a graph side by side, and
+    finds them in its cache when each is timed alone."""
+    for device in {each.device for each in problems}:
+        those = [each for each in problems if each.device == device]
+        if len(those) == 1:
+            continue
+        try:
+            with _undisturbed(device):
+                operands = [_operands(each) for each in those]
+                inputs = [
+                    each for x, bias, packed in operands for each in (x, bias, *prepack_of(device.type).prepare(packed))
+                ]
+                _compile(_sparse_graph([each.layout for each in those]), inputs)
+        except Exception:
+            # Each is compiled alone again, which says what is the matter with which.
+            log.debug("kernels could not be compiled side by side", exc_info=True)
 
 
 def _measure(problem: Problem) -> Timing | Failure:
@@ -97,31 +119,42 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _time(problem: Problem) -> Timing:
+def _operands(problem: Problem) -> tuple[Tensor, Tensor, Packed]:
+    """A random activation, bias and packed weight."""
     layout, device = problem.layout, problem.device
-    packed = random_packed(layout, problem.dtype, device)
-    weight = unpack(packed, layout)
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(problem.dtype)
 
     x, bias = drawn(problem.tokens, layout.in_features), drawn(layout.out_features)
+    return x, bias, random_packed(layout, problem.dtype, device)
 
-    graph = fx.Graph()
-    inputs = [graph.placeholder(name) for name in ("x", "bias", *layout.names)]
-    product = graph.call_function(torch.ops.vnm.linear.default, (inputs[0], *weight_args(inputs[2:], layout)))
-    graph.output(graph.call_function(torch.add, (product, inputs[1])))
-    sparse_graph = fx.GraphModule(nn.Module(), graph)
+
+def _sparse_graph(layouts: Sequence[Layout]) -> fx.GraphModule:
+    """Linears with their biases, one a layout: takes x, bias and the packed arrays of each."""
+    graph, results = fx.Graph(), []
+    for i, layout in enumerate(layouts):
+        x, bias, *arrays = (graph.placeholder(f"{name}_{i}") for name in ("x", "bias", *layout.names))
+        product = graph.call_function(torch.ops.vnm.linear.default, (x, *weight_args(arrays, layout)))
+        results.append(graph.call_function(torch.add, (product, bias)))
+    graph.output(tuple(results))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _time(problem: Problem) -> Timing:
+    layout, device = problem.layout, problem.device
+    x, bias, packed = _operands(problem)
+    weight = unpack(packed, layout)
 
     def dense_graph(x: Any, bias: Any, weight: Any) -> Any:
-        return torch.nn.functional.linear(x, weight, bias)
+        return (torch.nn.functional.linear(x, weight, bias),)
 
     sparse_copies, dense_copies = copies(nbytes(packed), nbytes([weight]), device.type)
     prepare = prepack_of(device.type).prepare
     sparse = [prepare(packed.remade(array.clone() for array in packed)) for _ in range(sparse_copies)]
     dense = [weight.clone() for _ in range(dense_copies)]
-    run_sparse = _compile(sparse_graph, [x, bias, *sparse[0]])
+    run_sparse = _compile(_sparse_graph([layout]), [x, bias, *sparse[0]])
     run_dense = _compile(fx.symbolic_trace(dense_graph), [x, bias, dense[0]])
     return _alternate(
         [partial(run_sparse, x, bias, *each) for each in sparse],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,34 +79,39 @@ def plan(
     Raises:
         VNMError: an annotated weight breaks its pattern.
     """
-    decisions = []
+    decisions: list[Decision | _Candidate] = []
     for site in sites:
         weight = inputs[site.index] if site.index is not None else None
         annotation = annotations.get(id(weight))
         name = annotation.name if annotation is not None else (names or {}).get(id(weight), site.name)
         if site.reason is None and weight is not None:
-            decisions.append(_decide(site, name, weight, inputs, options, annotation, measure))
+            decisions.append(_decide(site, name, weight, inputs, options, annotation))
         else:
             matrix = weight if weight is not None and weight.dim() == 2 else None
             shape, dtype = (tuple(matrix.shape), matrix.dtype) if matrix is not None else (None, None)
             decisions.append(Decision(site, name, None, site.reason or "", shape=shape, dtype=dtype))
-    return decisions
+    # All problems at once: their kernels are compiled side by side.
+    problems = [each.problem for each in decisions if isinstance(each, _Candidate)]
+    answers = iter(measure(problems) if measure else [None] * len(problems))
+    return [_settle(each, next(answers)) if isinstance(each, _Candidate) else each for each in decisions]
+
+
+class _Candidate(NamedTuple):
+    """A site that is sparse if that is faster."""
+
+    decision: Decision
+    problem: Problem
 
 
 def _decide(
-    site: Site,
-    name: str,
-    weight: Tensor,
-    inputs: Sequence[Any],
-    options: Options,
-    annotation: Annotation | None,
-    measure: Measure | None,
-) -> Decision:
+    site: Site, name: str, weight: Tensor, inputs: Sequence[Any], options: Options, annotation: Annotation | None
+) -> Decision | _Candidate:
+    """What becomes of a site as far as that can be said without measuring."""
     tokens = _tokens(site)
     out_features, in_features = reversed(weight.shape) if site.transposed else weight.shape
 
-    def decide(layout: Layout | None, reason: str, timing: Timing | None = None) -> Decision:
-        return Decision(site, name, layout, reason, tokens, (out_features, in_features), weight.dtype, timing)
+    def decide(layout: Layout | None, reason: str) -> Decision:
+        return Decision(site, name, layout, reason, tokens, (out_features, in_features), weight.dtype)
 
     if isinstance(weight, FakeTensor) or weight.is_meta:
         return decide(None, "its weight has no values yet (fake or meta tensor)")
@@ -127,17 +132,24 @@ def _decide(
         return decide(None, f"{found}, but packed it would be no smaller")
     if options.policy == "memory":
         return decide(layout, f"{found}, policy is memory")
-    problem = Problem(tokens or 1, layout, weight.dtype, weight.device).measured()
-    timing = measure(problem) if measure else None
+    return _Candidate(decide(layout, found), Problem(tokens or 1, layout, weight.dtype, weight.device).measured())
+
+
+def _settle(candidate: _Candidate, timing: Timing | Failure | None) -> Decision:
+    """What becomes of a site once its problem was measured."""
+    decision, problem = candidate
+    found = decision.reason
     if timing is None:
-        return decide(None, f'{found}, but no sparse kernel for it here; vnm.policy="memory" compresses it')
+        reason = f'{found}, but no sparse kernel for it here; vnm.policy="memory" compresses it'
+        return replace(decision, layout=None, reason=reason)
     if isinstance(timing, Failure):
-        return decide(None, f"{found}, but measuring it failed ({timing.reason})")
+        return replace(decision, layout=None, reason=f"{found}, but measuring it failed ({timing.reason})")
     reason = (
         f"{found}; measured {timing.sparse * 1e6:.0f} us sparse, {timing.dense * 1e6:.0f} us dense "
         f"at T = {problem.tokens}"
     )
-    return decide(layout if timing.sparse < timing.dense else None, reason, timing)
+    layout = decision.layout if timing.sparse < timing.dense else None
+    return replace(decision, layout=layout, reason=reason, timing=timing)
 
 
 def _share_memory(weight: Tensor, other: Any) -> bool:

@@ -37,6 +37,6 @@ def test_activations_beyond_32_bits():
 def test_measured_on_the_device_of_the_problem(index):
     device = torch.device("cuda", index)
     with torch.cuda.device(0):
-        timing = measure(Problem(16, Layout(vnm.Spec(64, 2, 8), 1024, 1024), torch.float16, device))
+        (timing,) = measure([Problem(16, Layout(vnm.Spec(64, 2, 8), 1024, 1024), torch.float16, device)])
         assert torch.cuda.current_device() == 0
     assert isinstance(timing, Timing)
