@@ -243,7 +243,7 @@ def test_tied_weights_are_refused_by_name():
     with pytest.raises(UnsupportedWeight, match="head"):
         train.begin(net, SPEC, include="head")
     train.begin(net, SPEC)
-    assert [name for name, _, _ in masked_layers(net)] == ["fc"]
+    assert [layer.name for layer in masked_layers(net)] == ["fc"]
 
 
 @pytest.mark.parametrize("recipe", [train.MaskDecay(every=1), train.FixedMask(every=1)], ids=["decay", "fixed"])
@@ -265,7 +265,7 @@ def test_the_end_cannot_come_before_the_recipes():
         training.step()
     with pytest.raises(UnfinishedTraining, match="not final"):
         vnm.finalize(net)
-    assert len(list(masked_layers(net))) == 2
+    assert len(masked_layers(net)) == 2
     vnm.finalize(net, now=True)
     assert vnm.matches(net[0].weight, SPEC)
     with pytest.raises(NothingSelected, match="no layer of the model has masks"):
@@ -289,6 +289,6 @@ def test_copies_and_state_dicts():
     train.begin(net, SPEC, train.MaskDecay(), STEPS)
     again = copy.deepcopy(net)
     again.load_state_dict(net.state_dict())
-    assert len(list(masked_layers(again))) == 2
+    assert len(masked_layers(again)) == 2
     vnm.finalize(again, now=True)
-    assert len(list(masked_layers(net))) == 2, "the copy's end is not the original's"
+    assert len(masked_layers(net)) == 2, "the copy's end is not the original's"

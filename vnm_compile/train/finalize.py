@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 
 from vnm_compile.annotate import set_annotation
 from vnm_compile.errors import NothingSelected, UnfinishedTraining, at_layer
 from vnm_compile.format import check_pattern
 from vnm_compile.layers import check_module, plain_name
-from vnm_compile.train.masked import masked_layers, trained_weight, unguard_loading
+from vnm_compile.train.masked import MaskedLayer, masked_layers, unguard_loading
 from vnm_compile.train.pattern import Pattern
 
 
@@ -33,28 +32,29 @@ def finalize(model: nn.Module, *, now: bool = False) -> list[str]:
     """
     check_module(model)
     model = getattr(model, "_orig_mod", model)
-    layers = list(masked_layers(model))
+    layers = masked_layers(model)
     if not layers:
         raise NothingSelected("no layer of the model has masks; vnm.train.begin(model, spec, ...) puts them on.")
-    exact = []
-    for name, module, masked in layers:
-        weight = trained_weight(module)
-        if not (now or bool(masked.final)):
+    for layer in layers:
+        if not (now or bool(layer.masked.final)):
             raise at_layer(
-                plain_name(name),
+                plain_name(layer.name),
                 "its masks are not final: the recipe has not come to its end. Train on, or end now, at the cost of "
                 "what the last steps would have mended: vnm.finalize(model, now=True).",
                 UnfinishedTraining,
             )
-        mask = masked.mask
-        if not bool(masked.final):
-            mask = masked.as_stored(Pattern.of(masked.spec).mask(masked.as_stored(weight).abs()))
-        kept = torch.where(mask, weight, 0)
-        check_pattern(masked.as_stored(kept), masked.spec, plain_name(name))
-        exact.append(kept)
-    for kept, (name, module, masked) in zip(exact, layers, strict=True):
-        trained_weight(module).copy_(kept)
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        set_annotation(module, masked.spec, plain_name(name))
+        check_pattern(layer.masked.as_stored(_kept(layer)), layer.masked.spec, plain_name(layer.name))
+    for layer in layers:  # one after another: no second copy of the model
+        module = layer.make_ordinary(model, _kept(layer))
+        set_annotation(module, layer.masked.spec, plain_name(layer.name))
     unguard_loading(model)
-    return [plain_name(name) for name, _, _ in layers]
+    return [plain_name(layer.name) for layer in layers]
+
+
+def _kept(layer: MaskedLayer) -> Tensor:
+    """The weight with zeros where the final mask has them."""
+    weight, masked = layer.weight(), layer.masked
+    mask = masked.mask
+    if not bool(masked.final):
+        mask = masked.as_stored(Pattern.of(masked.spec).mask(masked.as_stored(weight).abs()))
+    return torch.where(mask, weight, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vnm_compile.errors import BadOption, at_layer
+from vnm_compile.layers import Layer
 from vnm_compile.spec import Spec
 from vnm_compile.train.recipes import Recipe
 
@@ -22,6 +23,7 @@ class Masked(nn.Module):
         mask: bool, of the weight's shape as the layer stores it; part of the state dict.
         dial: the recipe's number of the moment.
         final: whether the mask is that of the goal and stays.
+        place: how many names of its path follow that of the layer, and what masks are on it as.
         key: of recipe and pattern, for checkpoints: a run that goes on from another recipe's is refused.
     """
 
@@ -33,8 +35,16 @@ class Masked(nn.Module):
     final: Tensor
     key: Tensor
 
-    def __init__(self, recipe: Recipe, spec: Spec, weight: Tensor, transposed: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: Spec,
+        weight: Tensor,
+        transposed: bool,
+        place: tuple[int, type[MaskedLayer]] | None = None,
+    ) -> None:
         super().__init__()
+        self.place = place or (3, MaskedLayer)  # weight's layer is that of `parametrizations.weight.0`
         self.recipe, self.spec, self.transposed = recipe, spec, transposed
         device = weight.device
         self.register_buffer("mask", torch.ones(weight.shape, dtype=torch.bool, device=device))
@@ -53,13 +63,63 @@ class Masked(nn.Module):
         return matrix.t() if self.transposed else matrix
 
 
-def masked_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Masked]]:
-    """Name, module and parametrization of every layer that trains into a pattern."""
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            for each in module.parametrizations["weight"]:  # type: ignore[index,union-attr]
-                if isinstance(each, Masked):
-                    yield name, module, each
+@dataclass(frozen=True)
+class MaskedLayer:
+    """A layer that trains into a pattern.
+
+    Attributes:
+        name: in the model.
+        module: whose weight it is.
+        masked: its mask.
+        path: where that is in the model, and its buffers in a state dict.
+    """
+
+    name: str
+    module: nn.Module
+    masked: Masked
+    path: str
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter that the weight is computed from; None where there is more than one."""
+        return self.module.parametrizations["weight"].original  # type: ignore[index,union-attr,return-value]
+
+    def weight(self) -> Tensor:
+        """The whole weight before the mask, as the layer stores it; without gradient, not to be written."""
+        return _whole(self.parameter)  # type: ignore[arg-type]
+
+    def pruned(self) -> Tensor:
+        """The weight whose zeros are those of the pattern, where the layer was pruned before."""
+        return self.weight()
+
+    def make_ordinary(self, model: nn.Module, kept: Tensor) -> nn.Module:
+        """Take the mask off and leave the layer with the weight `kept`; return the module whose weight it is then."""
+        self.parameter.copy_(kept)  # type: ignore[union-attr]
+        self.undo(model)
+        return self.module
+
+    def undo(self, model: nn.Module) -> None:
+        """Take the mask off, the weight as it is."""
+        parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=False)
+
+
+def masked_layers(model: nn.Module) -> list[MaskedLayer]:
+    """Every layer of the model that trains into a pattern."""
+    modules = dict(model.named_modules())
+    found = []
+    for path, masked in modules.items():
+        if isinstance(masked, Masked):
+            depth, kind = masked.place
+            name = ".".join(path.split(".")[:-depth])
+            found.append(kind(name, modules[name], masked, path))
+    return found
+
+
+def put_mask(layer: Layer, spec: Spec, recipe: Recipe) -> None:
+    """Mask the weight of a layer by a parametrization."""
+    assert layer.stored is not None
+    masked = Masked(recipe, spec, layer.stored, layer.transposed)
+    parametrize.register_parametrization(layer.module, "weight", masked)
 
 
 def guard_loading(model: nn.Module) -> None:
@@ -75,14 +135,14 @@ def unguard_loading(model: nn.Module) -> None:
 
 
 def _same_recipe(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, _module, masked in masked_layers(module):
-        key = state.get(f"{prefix}{name}.parametrizations.weight.0.key")
-        if key is not None and int(key) != int(masked.key):
+    for layer in masked_layers(module):
+        key = state.get(f"{prefix}{layer.path}.key")
+        if key is not None and int(key) != int(layer.masked.key):
             raise at_layer(
-                name, "its masks in this state dict are of another recipe or pattern than this run's.", BadOption
+                layer.name, "its masks in this state dict are of another recipe or pattern than this run's.", BadOption
             )
 
 
-def trained_weight(module: nn.Module) -> nn.Parameter:
-    """The parameter that a masked layer's weight is computed from."""
-    return module.parametrizations["weight"].original  # type: ignore[index,union-attr,return-value]
+def _whole(weight: Tensor) -> Tensor:
+    """All of a weight that FSDP2 has sharded."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()  # type: ignore[operator]

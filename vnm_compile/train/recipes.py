@@ -92,6 +92,11 @@ class Recipe:
         return torch.where(mask, weight, 0)
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether masks are the zeros of a model that was pruned before."""
+        return False
+
+    @property
     def needs_optimizer(self) -> bool:
         """Whether something is done to the weights after each optimizer step: `after_step`."""
         return False
@@ -113,6 +118,11 @@ class FixedMask(Recipe):
         super().__post_init__()
         if self.dense:
             raise BadOption(f"{self._called()}: dense={self.dense} would train the zeros away that it is to keep.")
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Always."""
+        return True
 
     def mask(self, weight: Tensor, pattern: Pattern) -> Tensor:
         """Where values stand; no place is filled up that the pattern would allow."""

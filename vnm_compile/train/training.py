@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from vnm_compile.annotate import ANY_SIZE, Selector, select_layers
 from vnm_compile.checks import check_usable
@@ -18,7 +17,7 @@ from vnm_compile.layers import Layer
 from vnm_compile.spec import Spec
 from vnm_compile.train.clock import Clock
 from vnm_compile.train.finalize import finalize
-from vnm_compile.train.masked import Masked, guard_loading, masked_layers, trained_weight, unguard_loading
+from vnm_compile.train.masked import MaskedLayer, guard_loading, masked_layers, put_mask, unguard_loading
 from vnm_compile.train.recipes import FixedMask, MaskDecay, Recipe
 
 
@@ -59,8 +58,7 @@ def begin(
         raise BadOption(f"recipe is a {type(recipe).__name__}; give one such as vnm.train.MaskDecay().")
     chosen = _chosen(model, spec, recipe, include, exclude)
     for layer, layer_spec in chosen:
-        masked = Masked(recipe, layer_spec, layer.stored, layer.transposed)  # type: ignore[arg-type]
-        parametrize.register_parametrization(layer.module, "weight", masked)
+        put_mask(layer, layer_spec, recipe)
     training = Training(model, recipe)
     guard_loading(model)
     try:
@@ -69,8 +67,8 @@ def begin(
         elif optimizer is not None:
             training.follow(optimizer)
     except BaseException:
-        for layer, _ in chosen:
-            parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=False)
+        for each in masked_layers(model):
+            each.undo(model)
         unguard_loading(model)
         raise
     return training
@@ -91,7 +89,7 @@ class Training:
         self.recipe = recipe
         self.step_number, self.flips, self.mask_seconds = 0, 0.0, 0.0
         self._model = model
-        self._layers = list(masked_layers(model))
+        self._layers = masked_layers(model)
         self._clock: Clock | None = None
         self._began = time.perf_counter()
         self._hook: Any = None
@@ -109,7 +107,7 @@ class Training:
         Raises:
             VNMError: the steps are too few for the recipe, or a weight holds NaN.
         """
-        clock = Clock.of(self.recipe, steps, [masked.spec for _, _, masked in self._layers])
+        clock = Clock.of(self.recipe, steps, [layer.masked.spec for layer in self._layers])
         if self.recipe.needs_optimizer and optimizer is None and self._hook is None:
             raise BadOption(f"{type(self.recipe).__name__} acts after the optimizer's steps; give optimizer=.")
         if type(step) is not int or not 0 <= step <= steps:
@@ -193,48 +191,48 @@ class Training:
         clock, begin = self._clock, time.perf_counter()
         assert clock is not None
         step = self.step_number
-        specs = {masked.spec for _, _, masked in self._layers}
+        specs = {layer.masked.spec for layer in self._layers}
         moving = {spec for spec in specs if clock.recomputes(step, spec)}
-        due = [each for each in self._layers if each[2].spec in moving]
+        due = [layer for layer in self._layers if layer.masked.spec in moving]
         if due:
             share = clock.share(step)
-            masks = [_mask(*each, self.recipe, share) for each in due]  # all or none
-            changed = sum(int((new != each[2].mask).sum()) for new, each in zip(masks, due, strict=True))
+            masks = [_mask(layer, self.recipe, share) for layer in due]  # all or none
+            changed = sum(int((new != layer.masked.mask).sum()) for new, layer in zip(masks, due, strict=True))
             self.flips = changed / sum(new.numel() for new in masks)
-            for new, (_, _, masked) in zip(masks, due, strict=True):
-                masked.mask.copy_(new)
+            for new, layer in zip(masks, due, strict=True):
+                layer.masked.mask.copy_(new)
         self._turn()
         self.mask_seconds += time.perf_counter() - begin
 
     def _turn(self) -> None:
         assert self._clock is not None
         dial = self.recipe.dial(self._clock.share(self.step_number)) if self._clock.masks(self.step_number) else 1.0
-        for _, _, masked in self._layers:
-            masked.dial.fill_(dial)
-            masked.final.fill_(self._clock.final(self.step_number))
+        for layer in self._layers:
+            layer.masked.dial.fill_(dial)
+            layer.masked.final.fill_(self._clock.final(self.step_number))
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
-        for _, module, masked in self._layers:
-            weight = trained_weight(module)
-            if id(weight) in rates and self._clock is not None and self._clock.masks(self.step_number):
+        if self._clock is None or not self._clock.masks(self.step_number):
+            return
+        for layer in self._layers:
+            weight, masked = layer.parameter, layer.masked
+            if weight is not None and id(weight) in rates:
                 self.recipe.after_step(weight, masked.mask, masked.dial, float(rates[id(weight)]))
 
 
 @torch.no_grad()
-def _mask(name: str, module: nn.Module, masked: Masked, recipe: Recipe, share: float) -> Tensor:
-    weight = masked.as_stored(_whole(trained_weight(module)))
+def _mask(layer: MaskedLayer, recipe: Recipe, share: float) -> Tensor:
+    masked = layer.masked
+    weight = masked.as_stored(layer.pruned() if recipe.keeps_zeros else layer.weight())
     try:
         mask = recipe.mask(weight, recipe.pattern(masked.spec, share))
     except BadScores as error:
-        raise at_layer(name, f"its masks cannot be chosen: {error} (has the loss become NaN?)", BadScores) from error
+        raise at_layer(
+            layer.name, f"its masks cannot be chosen: {error} (has the loss become NaN?)", BadScores
+        ) from error
     return masked.as_stored(mask)
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """All of a weight that FSDP2 has sharded."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()  # type: ignore[operator]
 
 
 def _chosen(
