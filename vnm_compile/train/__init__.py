@@ -3,7 +3,7 @@
 from typing import Any
 
 from vnm_compile.train.finalize import finalize
-from vnm_compile.train.recipes import SRSTE, FixedMask, MaskDecay, Recipe, StructureDecay
+from vnm_compile.train.recipes import SRSTE, FixedMask, MaskDecay, Recipe, StructureDecay, ThreeStagedLoRA
 from vnm_compile.train.training import Training, begin
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MaskDecay",
     "Recipe",
     "StructureDecay",
+    "ThreeStagedLoRA",
     "Training",
     "begin",
     "finalize",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,6 @@ class Masked(nn.Module):
         mask: bool, of the weight's shape as the layer stores it; part of the state dict.
         dial: the recipe's number of the moment.
         final: whether the mask is that of the goal and stays.
-        place: how many names of its path follow that of the layer, and what masks are on it as.
         key: of recipe and pattern, for checkpoints: a run that goes on from another recipe's is refused.
     """
 
@@ -35,16 +35,8 @@ class Masked(nn.Module):
     final: Tensor
     key: Tensor
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        spec: Spec,
-        weight: Tensor,
-        transposed: bool,
-        place: tuple[int, type[MaskedLayer]] | None = None,
-    ) -> None:
+    def __init__(self, recipe: Recipe, spec: Spec, weight: Tensor, transposed: bool) -> None:
         super().__init__()
-        self.place = place or (3, MaskedLayer)  # weight's layer is that of `parametrizations.weight.0`
         self.recipe, self.spec, self.transposed = recipe, spec, transposed
         device = weight.device
         self.register_buffer("mask", torch.ones(weight.shape, dtype=torch.bool, device=device))
@@ -57,6 +49,11 @@ class Masked(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the layer multiplies by."""
         return self.recipe.masked(weight, self.mask, self.dial)
+
+    def layer_at(self, path: str, modules: Mapping[str, nn.Module]) -> MaskedLayer:
+        """The layer whose weight this masks, where `path` is its own among the modules of the model."""
+        name = path.rsplit(".", 3)[0] if path.count(".") > 2 else ""  # without parametrizations.weight.0
+        return MaskedLayer(name, modules[name], self, path)
 
     def as_stored(self, matrix: Tensor) -> Tensor:
         """A matrix `[out_features, in_features]` the way round that the layer stores its weight; and the reverse."""
@@ -106,13 +103,7 @@ class MaskedLayer:
 def masked_layers(model: nn.Module) -> list[MaskedLayer]:
     """Every layer of the model that trains into a pattern."""
     modules = dict(model.named_modules())
-    found = []
-    for path, masked in modules.items():
-        if isinstance(masked, Masked):
-            depth, kind = masked.place
-            name = ".".join(path.split(".")[:-depth])
-            found.append(kind(name, modules[name], masked, path))
-    return found
+    return [module.layer_at(path, modules) for path, module in modules.items() if isinstance(module, Masked)]
 
 
 def put_mask(layer: Layer, spec: Spec, recipe: Recipe) -> None:

@@ -132,6 +132,19 @@ class FixedMask(Recipe):
 
 
 @dataclass(frozen=True)
+class ThreeStagedLoRA(Recipe):
+    """Three-staged LoRA, arXiv 2410.16135: adapters train without masks, then with masks of `W + BA` that are
+    recomputed, then with fixed ones; the weight is `(W + BA) * mask`. The first two stages take a tenth of the steps.
+
+    For models with peft's LoRA layers. Every other recipe takes these, too, but those that write weights.
+    """
+
+    dense: float = 0.05
+    fixed: float = 0.9
+    every: int = 5
+
+
+@dataclass(frozen=True)
 class MaskDecay(Recipe):
     """Pruning mask decay: weights outside of the mask fade, and what they pass back with them.
 

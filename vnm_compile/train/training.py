@@ -13,12 +13,13 @@ from vnm_compile.annotate import ANY_SIZE, Selector, select_layers
 from vnm_compile.checks import check_usable
 from vnm_compile.errors import BadOption, BadScores, NothingSelected, UnsupportedWeight, at_layer
 from vnm_compile.format import check_pattern, detect
-from vnm_compile.layers import Layer
+from vnm_compile.layers import Layer, check_module
 from vnm_compile.spec import Spec
+from vnm_compile.train.adapters import adapted_layers, check_adapter, put_adapter_mask
 from vnm_compile.train.clock import Clock
 from vnm_compile.train.finalize import finalize
 from vnm_compile.train.masked import MaskedLayer, guard_loading, masked_layers, put_mask, unguard_loading
-from vnm_compile.train.recipes import FixedMask, MaskDecay, Recipe
+from vnm_compile.train.recipes import FixedMask, MaskDecay, Recipe, ThreeStagedLoRA
 
 
 def begin(
@@ -40,11 +41,13 @@ def begin(
         model: its selected layers get masks, in place; on an error none does.
         spec: the goal, one pattern or one per selector, as for `vnm.annotate`; None with `FixedMask` takes the patterns
             that the weights follow.
-        recipe: how masks come about; `MaskDecay()` unless given.
+        recipe: how masks come about; unless given, `ThreeStagedLoRA()` for a model with peft's LoRA layers, else
+            `MaskDecay()`.
         steps: optimizer steps of the whole run; may be given later, to `Training.start`.
         optimizer: whose steps are counted from then on without a call to `Training.step`; also one that accelerate has
             wrapped. Steps that are left out (gradient accumulation, a loss scaler that skips) do not count.
-        include, exclude: which linears, as for `vnm.annotate`.
+        include, exclude: which linears, as for `vnm.annotate`. In a model with LoRA layers those are taken, not linears
+            that are frozen and have no adapter, unless they are named.
 
     Returns:
         What is called `step` after each optimizer step, and `finalize` at the end.
@@ -53,13 +56,21 @@ def begin(
         VNMError: no layer is selected, a weight cannot be trained so (compressed, tied, computed, no floats, frozen),
             holds NaN, or the steps are too few for the recipe.
     """
-    recipe = MaskDecay() if recipe is None else recipe
+    check_module(model)
+    adapted = adapted_layers(model)
+    recipe = (ThreeStagedLoRA() if adapted else MaskDecay()) if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise BadOption(f"recipe is a {type(recipe).__name__}; give one such as vnm.train.MaskDecay().")
-    chosen = _chosen(model, spec, recipe, include, exclude)
+    chosen = _chosen(model, spec, recipe, include, exclude, adapted)
     for layer, layer_spec in chosen:
-        put_mask(layer, layer_spec, recipe)
+        if layer.module in adapted:
+            put_adapter_mask(adapted[layer.module][1], layer, layer_spec, recipe)
+        else:
+            put_mask(layer, layer_spec, recipe)
     training = Training(model, recipe)
+    added = {layer.module for layer, _ in chosen} | {
+        adapted[layer.module][1] for layer, _ in chosen if layer.module in adapted
+    }
     guard_loading(model)
     try:
         if steps is not None:
@@ -68,7 +79,8 @@ def begin(
             training.follow(optimizer)
     except BaseException:
         for each in masked_layers(model):
-            each.undo(model)
+            if each.module in added:
+                each.undo(model)
         unguard_loading(model)
         raise
     return training
@@ -241,18 +253,30 @@ def _chosen(
     recipe: Recipe,
     include: Iterable[Selector] | Selector | None,
     exclude: Iterable[Selector] | Selector | None,
+    adapted: Mapping[nn.Module, tuple[str, nn.Module]],
 ) -> list[tuple[Layer, Spec]]:
     """The layers that get masks, and their goals, checked."""
     if spec is None and not isinstance(recipe, FixedMask):
         raise BadOption("spec is None: only FixedMask takes the patterns that weights follow already.")
     selected = select_layers(model, ANY_SIZE if spec is None else spec, include, exclude)
+    if adapted and include is None:
+        selected = [(layer, goal) for layer, goal in selected if layer.module in adapted or not _is_frozen(layer)]
     layers = [layer for layer, _ in selected]
-    check_usable(layers, written=True)
+    plain = [layer for layer in layers if layer.module not in adapted]
+    check_usable(plain, written=True)
+    check_usable(layer for layer in layers if layer.module in adapted)
     for layer in layers:
-        if layer.stored is not None and not layer.stored.requires_grad:
+        if layer.module in adapted:
+            check_adapter(*adapted[layer.module], recipe)
+    for layer in plain:
+        if _is_frozen(layer):
             raise at_layer(
-                layer.name, "its weight does not require gradients; unfreeze or exclude it.", UnsupportedWeight
+                layer.name,
+                "its weight does not require gradients, and no LoRA layer trains it; unfreeze or exclude it.",
+                UnsupportedWeight,
             )
+    if isinstance(recipe, ThreeStagedLoRA) and len(plain) == len(layers):
+        raise NothingSelected("ThreeStagedLoRA is for peft's LoRA layers; none of the chosen layers is one.")
     if spec is None:
         found = [(layer, detect(layer.weight.detach())) for layer in layers]
         selected = [(layer, each) for layer, each in found if each is not None]
@@ -262,3 +286,7 @@ def _chosen(
         for layer, goal in selected:
             check_pattern(layer.weight.detach(), goal, layer.name)
     return selected
+
+
+def _is_frozen(layer: Layer) -> bool:
+    return layer.stored is not None and not layer.stored.requires_grad
