@@ -188,7 +188,7 @@ def observe(call: Callable[..., Any], model: nn.Module, x: Tensor, flag: bool, s
             outputs = call(x, flag)
     seen: dict[str, Any] = {f"output {i}": y for i, y in enumerate(outputs)}
     seen["x after the call"] = x.detach()
-    if settings.mode in ("input_grad", "train"):
+    if settings.mode != "inference":  # under no_grad, too, a region may record a gradient
         floating = [y for y in outputs if y.is_floating_point() and y.requires_grad]
         for parameter in model.parameters():
             parameter.grad = None
