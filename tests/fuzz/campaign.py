@@ -63,6 +63,7 @@ class Plan:
     only: list[str] | None = None
     without: list[str] = field(default_factory=list)
     means: list[str] = field(default_factory=list)
+    storage: str | None = None
     out: Path | None = None
     shrink_seconds: float = 60
     quiet: bool = False
@@ -140,6 +141,7 @@ class Campaign:
             "only": plan.only,
             "without": plan.without,
             "means": plan.means,
+            "storage": plan.storage,
             "out": str(plan.out) if plan.out else None,
             "shrink": plan.shrink_seconds,
         }

@@ -20,6 +20,7 @@ def generate(
     kinds: Sequence[str] | None = None,
     without: Sequence[str] = (),
     means: Sequence[str] = (),
+    storage: str | None = None,
 ) -> Program:
     """The program of a seed.
 
@@ -29,6 +30,7 @@ def generate(
         kinds: draw steps of these kinds only.
         without: kinds and writes to leave out; "writes" for all writes.
         means: draw writes among these only.
+        storage: of the weights, "dense" or "compressed"; drawn when None.
     """
     rng = random.Random(seed)
     width, spec = rng.choice(WIDTHS), rng.choice(SPECS)
@@ -37,7 +39,7 @@ def generate(
     count = rng.randint(1, 2) if through == "inductor" else rng.randint(1, 5)
     names = [kind for kind in kinds or KINDS if kind not in without]
     steps = tuple(draw_step(rng, i, width, spec, names) for i in range(count))
-    settings = _settings(rng, seed, width, through)
+    settings = _settings(rng, seed, width, through, storage)
     writes = tuple("none" if "writes" in without or each in without else each for each in settings.writes)
     if any(step.kind == "checkpointed" for step in steps):
         # Eager mode recomputes a block with the weights that the module has by then, a graph with those of its call.
@@ -48,9 +50,10 @@ def generate(
     return Program(steps, replace(settings, writes=writes))
 
 
-def _settings(rng: random.Random, seed: int, width: int, through: str) -> Settings:
+def _settings(rng: random.Random, seed: int, width: int, through: str, storage: str | None) -> Settings:
     mode = rng.choices(("no_grad", "inference", "input_grad", "train"), (5, 1, 2, 1.5))[0]
-    storage = "compressed" if rng.random() < 0.25 else "dense"
+    drawn = "compressed" if rng.random() < 0.25 else "dense"
+    storage = storage or drawn
     batch = rng.choice((1, 2, 3))
     dynamic = rng.choice((None, None, True, True, False))
     few = dynamic is False or (dynamic is None and through == "inductor")

@@ -46,6 +46,7 @@ def hunt(
         plan = Plan(
             seed=seed, minutes=minutes, workers=workers, kernels=kernels, only=only, shrink_seconds=0,
             quiet=True, root=root, first_fault=True, means=list(mutant.means) if mutant else [],
+            storage=mutant.storage if mutant else None,
         )  # fmt: skip
         start = time.monotonic()
         return Campaign(plan).run(), time.monotonic() - start

@@ -15,6 +15,7 @@ class Mutant:
         only: kinds of steps to draw, where the fault needs one of them; all when empty.
         kernels: share of programs through Inductor, where the fault lies in what it generates.
         means: writes to draw, where the fault needs one of them; all when empty.
+        storage: of the weights, "dense" or "compressed", where the fault needs it.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Mutant:
     only: tuple[str, ...] = ()
     kernels: float = 0.0
     means: tuple[str, ...] = ()
+    storage: str | None = None
 
 
 _PASSES = "vnm_compile/passes/"
@@ -91,13 +93,11 @@ MUTANTS: tuple[Mutant, ...] = (
         only=("nested_grad", "regions"),
     ),
     Mutant(
-        "transforms of torch.func are not noticed",
-        ((_PASSES + "find.py", "    if not case.mode.transforms:", "    if True:"),),
-        only=("transforms",),
-    ),
-    Mutant(
         "weights that the graph writes to are packed before",
-        ((_PASSES + "find.py", "    writer = case.effects.writer_of(case.weight)\n", "    writer = None\n"),),
+        (
+            (_PASSES + "find.py", "    writer = case.effects.writer_of(case.weight)\n", "    writer = None\n"),
+            (_PASSES + "plan.py", "any(_share_memory(weight, inputs[i]) for i in site.written)", "False"),
+        ),
         only=("weight_written",),
     ),
     Mutant(
@@ -109,7 +109,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "    bias = None\n    if bias is None:",
             ),
         ),
-        only=("siblings", "attention"),
+        only=("siblings",),
     ),
     Mutant(
         "a compressed weight may lie either way round",
@@ -120,6 +120,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "writes into views of compressed weights are lost",
         ((_PASSES + "lost_writes.py", "any(effects.share(written, view) for view in views)", "False"),),
         only=("weight_written",),
+        storage="compressed",
     ),
     Mutant(
         "epilogues may read in any order",

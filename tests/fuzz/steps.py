@@ -44,7 +44,7 @@ class Draw:
     def siblings(self, x: str, outs: list[int], bias: str | None = None) -> list[str]:
         """Linears of one form over one activation."""
         form = self.pick("linear", "linear", "linear", "param")
-        odd = form == "param" and self.chance(0.3)
+        odd = form == "param" and self.chance(0.6)
         bias = bias or self.pick(*(_ODD_BIASES if odd else _BIASES))
         same = self.chance(0.8)
         return [self.linear(x, out, form=form, bias=bias if same else self.pick(*_BIASES)) for out in outs]

@@ -34,7 +34,7 @@ def prepare() -> None:
 
 def case(seed: int, work: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
-    program = generate(seed, work["kernels"], work["only"], work["without"], work["means"])
+    program = generate(seed, work["kernels"], work["only"], work["without"], work["means"], work["storage"])
     outcome = run(program)
     record: dict[str, Any] = {
         "seed": seed,
