@@ -6,6 +6,7 @@ vnm.annotate(model, "64:2:8")
 model = torch.compile(model, backend="vnm")
 """
 
+import vnm_compile.native.gradients
 import vnm_compile.tensor_ops  # noqa: F401 (gives VNMTensor its ops)
 from vnm_compile.annotate import annotate
 from vnm_compile.backend import refresh

@@ -5,6 +5,7 @@ from typing import Any
 from vnm_compile.train.finalize import finalize
 from vnm_compile.train.recipes import SRSTE, FixedMask, MaskDecay, Recipe, StructureDecay, ThreeStagedLoRA
 from vnm_compile.train.training import Training, begin
+from vnm_compile.train.values import compress_for_training
 
 __all__ = [
     "SRSTE",
@@ -16,6 +17,7 @@ __all__ = [
     "ThreeStagedLoRA",
     "Training",
     "begin",
+    "compress_for_training",
     "finalize",
 ]
 

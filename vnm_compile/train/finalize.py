@@ -11,17 +11,20 @@ from vnm_compile.format import check_pattern
 from vnm_compile.layers import check_module, plain_name
 from vnm_compile.train.masked import MaskedLayer, masked_layers, unguard_loading
 from vnm_compile.train.pattern import Pattern
+from vnm_compile.train.values import has_values, make_ordinary
 
 
 @torch.no_grad()
 def finalize(model: nn.Module, *, now: bool = False) -> list[str]:
     """Take the masks off a model that was trained into a pattern, and leave exact, annotated V:N:M weights, in place.
 
+    Layers that train on their values (`vnm.train.compress_for_training`) become ordinary, too.
+
     The parameters are those that were trained, with zeros where the masks are. `torch.compile(model, backend="vnm")`
     runs the model sparse from then on, and `vnm.compress_model(model)` stores it so.
 
     Args:
-        model: what `vnm.train.begin` was given.
+        model: what `vnm.train.begin` or `compress_for_training` was given.
         now: end before the recipe has: masks are chosen from the weights as they are.
 
     Returns:
@@ -33,7 +36,7 @@ def finalize(model: nn.Module, *, now: bool = False) -> list[str]:
     check_module(model)
     model = getattr(model, "_orig_mod", model)
     layers = masked_layers(model)
-    if not layers:
+    if not layers and not has_values(model):
         raise NothingSelected("no layer of the model has masks; vnm.train.begin(model, spec, ...) puts them on.")
     for layer in layers:
         if not (now or bool(layer.masked.final)):
@@ -44,11 +47,12 @@ def finalize(model: nn.Module, *, now: bool = False) -> list[str]:
                 UnfinishedTraining,
             )
         check_pattern(layer.masked.as_stored(_kept(layer)), layer.masked.spec, plain_name(layer.name))
+    on_values = make_ordinary(model)
     for layer in layers:  # one after another: no second copy of the model
         module = layer.make_ordinary(model, _kept(layer))
         set_annotation(module, layer.masked.spec, plain_name(layer.name))
     unguard_loading(model)
-    return [plain_name(layer.name) for layer in layers]
+    return [plain_name(layer.name) for layer in layers] + on_values
 
 
 def _kept(layer: MaskedLayer) -> Tensor:
