@@ -37,13 +37,14 @@ class DenseWeight:
 def dense_weights(model: nn.Module) -> list[DenseWeight]:
     """Every parameter of `model` that takes part in products, other than the weights of linear layers, each once.
 
-    Embedding tables (rows are looked up, not multiplied), position embeddings, norms and biases are not among them.
+    What multiplies by compressed weights (`stored_layout`) is not among them, nor are embedding tables (rows are looked
+    up, not multiplied), position embeddings, norms and biases.
     """
     linears = {id(layer.module): layer for layer in linear_layers(model)}
     seen = {id(layer.module._parameters.get("weight")) for layer in linears.values()}
     found = []
     for prefix, module in model.named_modules():
-        if id(module) in linears or ".parametrizations" in f".{prefix}":
+        if id(module) in linears or ".parametrizations" in f".{prefix}" or hasattr(module, "stored_layout"):
             continue
         for key, parameter in module._parameters.items():
             reason = None if parameter is None or id(parameter) in seen else _reason(module, parameter)

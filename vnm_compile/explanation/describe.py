@@ -50,6 +50,12 @@ def describe_graphs(
             if graphs or run is not None:
                 report = _outside(report, id(layer.stored), in_graphs, run)
             reports[report.name] = report
+    for name, module in model.named_modules():
+        if hasattr(module, "stored_layout"):
+            report = _on_values(plain_name(name), module)
+            if run is not None and id(module.values) not in in_graphs:
+                report = _outside(report, id(module.values), in_graphs, run)
+            reports[report.name] = report
     for each in dense_weights(model):
         known = reports.get(each.name)
         if known is not None and known.dense_bytes is None:
@@ -64,6 +70,16 @@ def describe_graphs(
                 report = _outside(report, id(each.parameter), in_graphs, run)
             reports[report.name] = report
     return Explanation(reports.values(), len(graphs), device)
+
+
+def _on_values(name: str, module: Any) -> LayerReport:
+    """The report of a layer whose parameter is what its weight keeps (`vnm.train.compress_for_training`)."""
+    layout, dtype = module.stored_layout, module.values.dtype
+    shape, stored = (layout.out_features, layout.in_features), layout.nbytes(dtype)
+    reason = f"{COMPRESSED}, its values train" if module.values.requires_grad else COMPRESSED
+    dense = shape[0] * shape[1] * dtype.itemsize
+    density = layout.spec.n / layout.spec.m
+    return LayerReport(name, shape, str(layout.spec), density, dense, stored, "sparse", reason)
 
 
 def _outside(report: LayerReport, weight: int, in_graphs: Container[int], run: Container[int] | None) -> LayerReport:

@@ -56,4 +56,5 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
 
 def _multiplying(model: nn.Module) -> list[Any]:
     linears = [layer.stored for layer in linear_layers(model)]
-    return [*linears, *(each.parameter for each in dense_weights(model))]
+    on_values = [module.values for module in model.modules() if hasattr(module, "stored_layout")]
+    return [*linears, *on_values, *(each.parameter for each in dense_weights(model))]

@@ -30,6 +30,7 @@ constexpr int64_t kLine = 16;                     // columns that are transposed
 constexpr int64_t kColumns = 1024;                // columns of x that one piece of work covers at most, about
 constexpr int64_t kSumColumns = 128;              // the same for the gradient of values
 constexpr int64_t kSums = 1 << 16;                // sums that stay in a cache
+constexpr int64_t kRun = 64;                      // products that are summed up one after another
 constexpr int64_t kPieces = 4;                    // of work for each thread, at least, where there are as many
 
 struct bf16 {
@@ -91,7 +92,8 @@ template <class A> struct Scratch {
   std::unique_ptr<A[]> memory;
 };
 
-// acc[j][lane] += sum over i of rows[i][lane] * scalars[j][i * step], for 4 j.
+// acc[j][lane] += sum over i of rows[i][lane] * scalars[j][i * step], for 4 j. Summed up on its own first: rounding errors
+// grow with the length of a sum.
 template <class A, int L>
 inline void multiply(const A *rows, int64_t width, const A *const scalars[kKept], int64_t step, int64_t count,
                      A *const acc[kKept], int64_t lane) {
@@ -100,7 +102,7 @@ inline void multiply(const A *rows, int64_t width, const A *const scalars[kKept]
   const A *first = scalars[0], *second = scalars[1], *third = scalars[2], *fourth = scalars[3];
   for (int j = 0; j < kKept; ++j)
     for (int l = 0; l < L; ++l)
-      sums[j][l] = V::load(acc[j] + lane + l * V::lanes);
+      sums[j][l] = typename V::type{};
   for (int64_t i = 0; i < count; ++i) {
     typename V::type row[L];
     for (int l = 0; l < L; ++l) {
@@ -116,7 +118,7 @@ inline void multiply(const A *rows, int64_t width, const A *const scalars[kKept]
   }
   for (int j = 0; j < kKept; ++j)
     for (int l = 0; l < L; ++l)
-      V::store(sums[j][l], acc[j] + lane + l * V::lanes);
+      V::store(V::load(acc[j] + lane + l * V::lanes) + sums[j][l], acc[j] + lane + l * V::lanes);
 }
 
 // The same over all lanes of `width`, a multiple of a vector's.
@@ -124,13 +126,17 @@ template <class A>
 void multiply_all(const A *rows, int64_t width, const A *const scalars[kKept], int64_t step, int64_t count,
                   A *const acc[kKept]) {
   constexpr int64_t lanes = Vectors<A>::lanes;
-  int64_t lane = 0;
-  for (; lane + kMost * lanes <= width; lane += kMost * lanes)
-    multiply<A, kMost>(rows, width, scalars, step, count, acc, lane);
-  for (; lane + 2 * lanes <= width; lane += 2 * lanes)
-    multiply<A, 2>(rows, width, scalars, step, count, acc, lane);
-  if (lane < width)
-    multiply<A, 1>(rows, width, scalars, step, count, acc, lane);
+  for (int64_t done = 0; done < count; done += kRun) {
+    const A *some[kKept] = {scalars[0] + done * step, scalars[1] + done * step, scalars[2] + done * step,
+                            scalars[3] + done * step};
+    int64_t run = std::min(kRun, count - done), lane = 0;
+    for (; lane + kMost * lanes <= width; lane += kMost * lanes)
+      multiply<A, kMost>(rows + done * width, width, some, step, run, acc, lane);
+    for (; lane + 2 * lanes <= width; lane += 2 * lanes)
+      multiply<A, 2>(rows + done * width, width, some, step, run, acc, lane);
+    if (lane < width)
+      multiply<A, 1>(rows + done * width, width, some, step, run, acc, lane);
+  }
 }
 
 // 8 x 8 elements, in registers where the compiler has shuffles; they are the smaller half of the work otherwise.

@@ -27,7 +27,7 @@ class ValuesLinear(nn.Module):
     Attributes:
         values: trained. Places that the pattern allows and the pruned weight left zero train, too.
         bias: that of the layer it stands for.
-        layout: of the weight.
+        stored_layout: of the weight. By this attribute a module is known to multiply by a compressed weight.
     """
 
     values: nn.Parameter
@@ -37,12 +37,12 @@ class ValuesLinear(nn.Module):
         super().__init__()
         module = layer.module
         weight = layer.weight.detach()
-        self.layout = Layout(spec, *weight.shape)
+        self.stored_layout = Layout(spec, *weight.shape)
         values, *structure = weight.packed if isinstance(weight, VNMTensor) else pack(weight, spec, layer.name)
         self._trains = bool(layer.stored.requires_grad)  # type: ignore[union-attr]
         self._compressed = isinstance(weight, VNMTensor)
         self.values = nn.Parameter(values.clone(), requires_grad=self._trains or self._compressed)
-        for name, array in zip(self.layout.names[1:], structure, strict=True):
+        for name, array in zip(self.stored_layout.names[1:], structure, strict=True):
             self.register_buffer(name, array.clone())
         self.bias = module.bias  # type: ignore[assignment]
         self.train(module.training)
@@ -54,29 +54,28 @@ class ValuesLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The arrays of the weight."""
-        return Packed(*(getattr(self, name) for name in self.layout.names))
+        return Packed(*(getattr(self, name) for name in self.stored_layout.names))
 
     @property
     def weight(self) -> Tensor:
         """The dense weight `[out_features, in_features]`, unpacked; not what trains."""
-        return unpack(self.packed, self.layout)
+        return unpack(self.packed, self.stored_layout)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias`."""
-        y = ops.linear(x, self.packed, self.layout)
+        y = ops.linear(x, self.packed, self.stored_layout)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, bias and pattern."""
-        return (
-            f"{self.layout.in_features}, {self.layout.out_features}, bias={self.bias is not None}, {self.layout.spec}"
-        )
+        layout = self.stored_layout
+        return f"{layout.in_features}, {layout.out_features}, bias={self.bias is not None}, {layout.spec}"
 
     @torch.no_grad()
     def ordinary(self) -> nn.Module:
         """The layer that this stood for, with the trained weight."""
         module = self._ordinary[0]
-        weight: Tensor = compress(self.weight, self.layout.spec) if self._compressed else self.weight
+        weight: Tensor = compress(self.weight, self.stored_layout.spec) if self._compressed else self.weight
         weight = weight.t() if self._transposed else weight
         weight = weight if self._compressed else weight.contiguous()
         module._parameters["weight"] = nn.Parameter(weight, requires_grad=self._trains)
@@ -153,6 +152,6 @@ def make_ordinary(model: nn.Module) -> list[str]:
             parent, _, child = path.rpartition(".")
             layer = module.ordinary()
             setattr(modules[parent], child, layer)
-            set_annotation(layer, module.layout.spec, plain_name(path))
+            set_annotation(layer, module.stored_layout.spec, plain_name(path))
             names.append(plain_name(path))
     return names
