@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import vnm_compile as vnm
 from tests.support import make_sparse_, random_sparse
@@ -334,6 +335,10 @@ def test_packing_in_the_middle_of_something(dtype):
     torch.testing.assert_close(y.double(), expected, atol=5e-2, rtol=5e-2)
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.12",
+    reason="Dynamo has no guard on it there: Inductor, too, ends with an error",
+)
 def test_the_same_memory_seen_in_another_order():
     model = nn.Linear(64, 64, bias=False).eval()
     square = random_sparse(64, 64, "1:1:8")

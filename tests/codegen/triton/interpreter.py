@@ -188,6 +188,14 @@ def _teach_the_interpreter() -> None:
     torch.cuda.set_device = lambda index: None  # type: ignore[assignment]
     triton_helpers.set_driver_to_gpu = lambda: None
     triton_helpers.libdevice = libdevice
+    tensors = interpreter._patch_lang_tensor
+
+    def patch_tensors(tensor: Any, scope: Any) -> None:
+        """Triton before 3.7 makes an int of an array of one element, which NumPy from 2.4 on does not."""
+        tensors(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensors
     # Everything is on the CPU: nothing is copied back.
     interpreter.GridExecutor._restore_args_dev = lambda *args: None
     builder = interpreter.InterpreterBuilder

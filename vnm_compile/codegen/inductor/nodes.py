@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -79,10 +80,26 @@ def reshape(node: Any, size: Sequence[Any]) -> Any:
 def choose(template: Any, inputs: list[Any], layout: Any) -> Any:
     """The node of a template that needs no choice between configurations."""
     choices: list[Any] = []
-    error = template.maybe_append_choice(choices)
+    with _hints_for_all_sizes():
+        error = template.maybe_append_choice(choices)
     if error is not None:
         raise error
     return choose_fastest(template.name, choices, inputs, layout)
+
+
+@contextmanager
+def _hints_for_all_sizes() -> Iterator[None]:
+    """torch before 2.13 asks a C++ template for hints even of sizes that only a call tells, and fails without; they are
+    for timing it, which is not done."""
+    sizes = V.graph.sizevars
+    if not hasattr(sizes, "size_hints"):
+        yield
+        return
+    sizes.size_hints = functools.partial(sizes.size_hints, fallback=inductor_config.unbacked_symint_fallback)
+    try:
+        yield
+    finally:
+        del sizes.size_hints
 
 
 def choose_fastest(
