@@ -97,6 +97,11 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (_PASSES + "find.py", "    writer = case.effects.writer_of(case.weight)\n", "    writer = None\n"),
             (_PASSES + "plan.py", "any(_share_memory(weight, inputs[i]) for i in site.written)", "False"),
+            (
+                _PASSES + "find.py",
+                "    other = next((user for user in case.weight.users",
+                "    other = next((user for user in ()",
+            ),
         ),
         only=("weight_written",),
     ),
