@@ -1,0 +1,108 @@
+"""A training step on compressed weights beside the dense one: `python -m benchmarks.training_step [--write]`.
+
+The real MiniLM, pruned to 64:2:8, 16 x 128 tokens, fp32 on CPUs: forward, backward and a step of AdamW, each model
+compiled. The contestants take turns; a row has medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+import vnm_compile as vnm
+from benchmarks.machine import machine
+from benchmarks.report import replace_between
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, TOKENS = 16, 128
+
+
+def contestants() -> dict[str, nn.Module]:
+    """The pruned model: dense, with masks, and on its values; plain Inductor compiles the first two."""
+    from benchmarks.cpu_models import minilm
+
+    model, _ = minilm()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    masked, values = copy.deepcopy(model), copy.deepcopy(model)
+    vnm.train.begin(masked, None, vnm.train.FixedMask(), steps=1000)
+    vnm.train.compress_for_training(values)
+    return {"dense": model, "fixed masks, dense products": masked, "on compressed weights": values}
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Seconds a step and bytes of weights and optimizer state of each contestant."""
+    runs, taken, rows = {}, {}, []
+    for name, model in contestants().items():
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # random numbers would take as long in each
+        backend = "vnm" if name == "on compressed weights" else "inductor"
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        runs[name], taken[name] = (torch.compile(model, backend=backend), model, optimizer), []
+    ids = torch.randint(1000, 20000, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for turn in range(rounds + 2):
+        for name, (call, _, optimizer) in runs.items():
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            call(input_ids=ids, attention_mask=mask).last_hidden_state.square().mean().backward()
+            optimizer.step()
+            if turn > 1:  # the first compiles, the second warms up
+                taken[name].append(time.perf_counter() - start)
+    for name, (_, model, optimizer) in runs.items():
+        held = [each for state in optimizer.state.values() for each in state.values()]
+        rows.append(
+            {
+                "name": name,
+                "seconds": median(taken[name]),
+                "weights": _nbytes([*model.parameters(), *model.buffers()]),
+                "state": _nbytes(held),
+            }
+        )
+    return rows
+
+
+def _nbytes(tensors: list[Any]) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    dense = rows[0]["seconds"]
+    lines = [
+        "| weights | ms a step | dense / it | weights, MB | optimizer state, MB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['name']} | {row['seconds'] * 1e3:.0f} | {dense / row['seconds']:.2f} | {row['weights'] / 1e6:.1f} | "
+        f"{row['state'] / 1e6:.1f} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, "", "({cpu}; {threads} threads; torch {torch})".format(**machine())])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results and docs/training.md")
+    options = parser.parse_args()
+    rows = measure(options.rounds)
+    print(markdown(rows))
+    if options.write:
+        path = ROOT / "benchmarks" / "results" / "training_step.json"
+        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        replace_between(ROOT / "docs" / "training.md", "training step", markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
