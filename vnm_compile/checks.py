@@ -57,6 +57,28 @@ def check_usable(layers: Iterable[Layer], *, written: bool = False, values: bool
             raise at_layer(layer.name, reason, UnsupportedWeight)
 
 
+def why_more_than_a_product(layer: Layer) -> str | None:
+    """Why the module of `layer` cannot be replaced by a product with its weight, and the way out; None where it can."""
+    module, kind = layer.module, type(layer.module)
+    ordinary = nn.Linear.forward if isinstance(module, nn.Linear) else _forward_of_conv1d(kind)
+    if kind.forward is not ordinary:
+        return f"its class {kind.__name__} has a forward of its own; exclude this layer, or make it a plain nn.Linear."
+    if "forward" in module.__dict__:
+        return "its forward was replaced (by accelerate's hooks?); undo that first, or exclude this layer."
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which would not be called any more; remove them first, or exclude this layer."
+    more = sorted(set(module._parameters) - {"weight", "bias"} | set(module._buffers) | set(module._modules))
+    return f"it holds {', '.join(more)} beside weight and bias; exclude this layer." if more else None
+
+
+def _forward_of_conv1d(kind: type[nn.Module]) -> object:
+    """The forward of transformers' own class, where `kind` derives from it."""
+    own = (
+        each for each in kind.__mro__ if each.__name__ == "Conv1D" and each.__module__ == "transformers.pytorch_utils"
+    )
+    return getattr(next(own, None), "forward", None)
+
+
 def _why_no_parameter(module: nn.Module) -> str:
     """Why `module` has no parameter `weight`, although it has, or should have, a weight."""
     if parametrize.is_parametrized(module, "weight"):

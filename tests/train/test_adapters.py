@@ -351,6 +351,9 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     refused(adapted(), "too few|leave", BadOption, recipe=train.StructureDecay(dense=0.5), steps=2)
     refused(adapted(targets=["up"]), "down.*no LoRA layer", include=["*up*", "*down*"])
     refused(Net(), "peft", NothingSelected, recipe=train.ThreeStagedLoRA())
+    hooked = adapted()
+    hooked.base_model.model.up.base_layer.register_forward_hook(lambda module, given, y: y + 1)
+    refused(hooked, "hooks")
     model = adapted()
     with torch.no_grad():
         model.base_model.model.up.base_layer.weight[3, 3] = float("nan")

@@ -233,6 +233,23 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         train.compress_for_training(Net())
     with pytest.raises(UnsupportedWeight, match="one layer"):
         train.compress_for_training(make_sparse_(nn.Linear(24, 48), SPEC))
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for change, match in (
+        (lambda net: setattr(net, "up", make_sparse_(Scaled(24, 48), SPEC)), "Scaled has a forward of its own"),
+        (lambda net: net.up.register_forward_hook(lambda module, given, y: y + 1), "hooks"),
+        (lambda net: net.up.register_full_backward_hook(lambda *_: None), "hooks"),
+        (lambda net: setattr(net.up, "forward", lambda x: x[..., :1]), "forward was replaced"),
+        (lambda net: net.up.register_buffer("scale", torch.ones(1)), "scale"),
+    ):
+        net = pruned()
+        change(net)
+        with pytest.raises(UnsupportedWeight, match=f"up.*{match}"):
+            train.compress_for_training(net)
+        assert train.compress_for_training(net, exclude="up") == ["down"]
     net = pruned()
     with torch.no_grad():
         net.down.weight.fill_(1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vnm_compile.checks import why_more_than_a_product
 from vnm_compile.errors import BadOption, UnsupportedWeight, at_layer
 from vnm_compile.layers import Layer
 from vnm_compile.spec import Spec
@@ -40,8 +41,8 @@ def adapted_layers(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module]]:
     }
 
 
-def check_adapter(name: str, module: Any, recipe: Recipe) -> None:
-    """Refuse a LoRA layer whose product with a mask cannot be computed.
+def check_adapter(name: str, module: Any, layer: Layer, recipe: Recipe) -> None:
+    """Refuse a LoRA layer whose product with a mask cannot be computed; `layer` is the linear that it adapts.
 
     Raises:
         VNMError: names the layer and what is in the way.
@@ -52,6 +53,12 @@ def check_adapter(name: str, module: Any, recipe: Recipe) -> None:
 
     if isinstance(module, _MaskedAdapter):
         refuse("it trains into a pattern already; end that first: vnm.finalize(model, now=True).")
+    more = why_more_than_a_product(layer)
+    if more is not None:
+        refuse(more)
+    kind = sys.modules["peft"].tuners.lora.Linear
+    if type(module).forward is not kind.forward:
+        refuse(f"its class {type(module).__name__} has a forward of its own, which a mask would leave out.")
     if module.merged:
         refuse("its adapter is merged; call model.unmerge_adapter() first.")
     if not _active(module):

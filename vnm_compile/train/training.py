@@ -267,7 +267,7 @@ def _chosen(
     check_usable(layer for layer in layers if layer.module in adapted)
     for layer in layers:
         if layer.module in adapted:
-            check_adapter(*adapted[layer.module], recipe)
+            check_adapter(*adapted[layer.module], layer, recipe)
     for layer in plain:
         if _is_frozen(layer):
             raise at_layer(

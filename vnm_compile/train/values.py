@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vnm_compile import ops
 from vnm_compile.annotate import ANY_SIZE, Selector, annotation_of, select_layers, set_annotation
-from vnm_compile.checks import check_usable
+from vnm_compile.checks import check_usable, why_more_than_a_product
 from vnm_compile.errors import NothingSelected, UnsupportedWeight, at_layer
 from vnm_compile.format import Packed, detect, pack, unpack
 from vnm_compile.layers import Layer, plain_name
@@ -119,6 +119,9 @@ def compress_for_training(
     modules = dict(model.named_modules())
     paths = {module: path for path, module in modules.items()}
     for layer, goal in selected:
+        why = why_more_than_a_product(layer)
+        if why is not None:
+            raise at_layer(layer.name, why, UnsupportedWeight)
         if layer.module is model:
             raise at_layer(layer.name, "the model is this one layer; put it into an nn.Sequential.", UnsupportedWeight)
         if not isinstance(layer.stored, VNMTensor):
