@@ -9,7 +9,6 @@ not in it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.machine import machine
-from benchmarks.report import replace_between
+from benchmarks.report import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -99,9 +98,7 @@ def main() -> None:
     rows = [row for model in options.models.split(",") for row in measure(model, options.rounds)]
     print(markdown(rows))
     if options.write:
-        path = ROOT / "benchmarks" / "results" / "compile_time.json"
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-        replace_between(ROOT / "docs" / "performance.md", "compile time", markdown(rows))
+        keep("compile_time", rows, markdown(rows), "performance.md", "compile time")
 
 
 if __name__ == "__main__":

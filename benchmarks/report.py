@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.machine import machine
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Row(NamedTuple):
@@ -42,6 +47,13 @@ class Row(NamedTuple):
             f"{self.target:.2f}" if self.target is not None else "",
             f"{self.limit:.2f} ({self.ratio / self.limit:.0%})" if self.limit is not None else "",
         )
+
+
+def keep(name: str, rows: list[dict[str, Any]], table: str, page: str, marker: str) -> None:
+    """Write rows and machine to `results/<name>.json`, and the table between the markers of a page of the docs."""
+    saved = {"machine": machine(), "rows": rows}
+    (ROOT / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
+    replace_between(ROOT / "docs" / page, marker, table)
 
 
 HEADINGS = ("case", "dtype", "pattern", "T", "dense ms", "vnm ms", "ratio", "quartiles", "asked", "limit (share)")

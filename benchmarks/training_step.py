@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,9 +17,9 @@ from torch import nn
 
 import vnm_compile as vnm
 from benchmarks.machine import machine
-from benchmarks.report import replace_between
+from benchmarks.report import keep
+from vnm_compile.codegen.measure import nbytes
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH, TOKENS = 16, 128
 
 
@@ -65,15 +63,11 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "seconds": median(taken[name]),
-                "weights": _nbytes([*model.parameters(), *model.buffers()]),
-                "state": _nbytes(held),
+                "weights": nbytes([*model.parameters(), *model.buffers()]),
+                "state": nbytes(held),
             }
         )
     return rows
-
-
-def _nbytes(tensors: list[Any]) -> int:
-    return sum(each.numel() * each.element_size() for each in tensors)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -99,9 +93,7 @@ def main() -> None:
     rows = measure(options.rounds)
     print(markdown(rows))
     if options.write:
-        path = ROOT / "benchmarks" / "results" / "training_step.json"
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-        replace_between(ROOT / "docs" / "training.md", "training step", markdown(rows))
+        keep("training_step", rows, markdown(rows), "training.md", "training step")
 
 
 if __name__ == "__main__":

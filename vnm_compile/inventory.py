@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vnm_compile.layers import linear_layers, plain_name
+from vnm_compile.layers import OnValues, linear_layers, plain_name
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -37,14 +37,14 @@ class DenseWeight:
 def dense_weights(model: nn.Module) -> list[DenseWeight]:
     """Every parameter of `model` that takes part in products, other than the weights of linear layers, each once.
 
-    What multiplies by compressed weights (`stored_layout`) is not among them, nor are embedding tables (rows are looked
+    What multiplies by compressed weights (`OnValues`) is not among them, nor are embedding tables (rows are looked
     up, not multiplied), position embeddings, norms and biases.
     """
     linears = {id(layer.module): layer for layer in linear_layers(model)}
     seen = {id(layer.module._parameters.get("weight")) for layer in linears.values()}
     found = []
     for prefix, module in model.named_modules():
-        if id(module) in linears or ".parametrizations" in f".{prefix}" or hasattr(module, "stored_layout"):
+        if id(module) in linears or ".parametrizations" in f".{prefix}" or isinstance(module, OnValues):
             continue
         for key, parameter in module._parameters.items():
             reason = None if parameter is None or id(parameter) in seen else _reason(module, parameter)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile.errors import BadModel
+from vnm_compile.layout import Layout
 
 _COMPILED = "_orig_mod"
 
@@ -85,6 +86,31 @@ def _span(parameter: Tensor) -> list[tuple[int, int, int]]:
         return []
     start = parameter.data_ptr()
     return [(start, start + parameter.numel() * parameter.element_size(), id(parameter))] if start else []
+
+
+class OnValues(nn.Module):
+    """A module that multiplies by a compressed weight whose values are its parameter.
+
+    Attributes:
+        values: `[R, G*N]`.
+        stored_layout: of the weight.
+    """
+
+    values: nn.Parameter
+    stored_layout: Layout
+
+
+def on_values(model: nn.Module) -> list[tuple[str, OnValues]]:
+    """The modules of a model that multiply by compressed weights, by their qualified names, each once."""
+    return [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, OnValues)]
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in the model, which may be in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def plain_name(name: str) -> str:

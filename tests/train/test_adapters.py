@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import vnm_compile as vnm
 from tests.support import make_sparse_
@@ -381,3 +382,42 @@ def test_linears_without_adapters_are_left_alone():
     model = adapted(targets=["up"])
     train.begin(model, SPEC, steps=20)
     assert [layer.name for layer in masked_layers(model)] == ["base_model.model.up"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_of_checkpointed_blocks(reentrant):
+    model, twin = adapted(), adapted()
+    for each in (model, twin):
+        train.begin(each, SPEC, train.ThreeStagedLoRA(dense=0), steps=10)
+    x = torch.randn(3, 24, requires_grad=True)
+    results = []
+    for each, call in ((model, model), (twin, lambda x: checkpoint(twin, x, use_reentrant=reentrant))):
+        call(x).square().sum().backward()
+        results.append([p.grad for p in each.parameters() if p.requires_grad])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.inference_mode():
+        evaluated = model(x)
+    torch.testing.assert_close(evaluated, model(x).detach())
+
+
+def test_a_layer_in_two_places_becomes_ordinary_in_both():
+    class Twice(Net):
+        def __init__(self):
+            super().__init__()
+            self.again = self.up
+            self.unseen = [self.up]
+
+        def forward(self, x):
+            return self.down(F.gelu(self.up(x) + self.again(x) + self.unseen[0](x)))
+
+    model = adapted(module=Twice)
+    net = model.base_model.model
+    net.again, net.unseen = net.up, [net.up]  # peft itself replaces the first place only
+    training = train.begin(model, SPEC, steps=20)
+    fit(model, training, 20)
+    x = torch.randn(3, 24)
+    expected = model.eval()(x)
+    vnm.finalize(model)
+    assert type(net.again) is nn.Linear
+    torch.testing.assert_close(model(x), expected)

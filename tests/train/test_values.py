@@ -261,3 +261,35 @@ def test_what_is_refused_leaves_the_model_as_it_was():
     train.begin(masked, SPEC, train.FixedMask(), steps=5)
     with pytest.raises(UnsupportedWeight, match="finalize"):
         train.compress_for_training(masked)
+
+
+class Wrapper(nn.Module):
+    """As many do, it hands on what it does not have."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_a_layer_in_two_places_and_behind_a_wrapper():
+    net = nn.Sequential(make_sparse_(nn.Linear(24, 24), SPEC), nn.ReLU(), nn.Linear(24, 24, bias=False))
+    net[2] = Wrapper(net[0])
+    dense, x = copy.deepcopy(net), torch.randn(3, 24)
+    train.compress_for_training(net)
+    torch.testing.assert_close(net(x), dense(x))
+    assert [each.name for each in vnm.explain(net).layers] == ["0"]
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(net, backend="vnm")(x), dense(x))
+    vnm.finalize(net)
+    assert net[2].module is net[0]
+    assert type(net[0]) is nn.Linear
+    torch.testing.assert_close(net(x), dense(x))

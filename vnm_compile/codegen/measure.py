@@ -50,7 +50,9 @@ def measure(problems: Sequence[Problem]) -> list[Timing | Failure | None]:
     None where there is no sparse kernel; a `Failure` where one of them cannot be compiled or run, such as for want of
     memory. That is not tried again in this process.
     """
-    asked = {timings.key(each.measured()): each.measured() for each in problems if has_lowering(each.device.type)}
+    measured = [each.measured() for each in problems]
+    keys = [timings.key(each) for each in measured]
+    asked = {key: each for key, each in zip(keys, measured, strict=True) if has_lowering(each.device.type)}
     with _one_at_a_time:
         for key, problem in asked.items():
             if key not in _known and (timing := timings.load(problem)) is not None:
@@ -59,7 +61,7 @@ def measure(problems: Sequence[Problem]) -> list[Timing | Failure | None]:
         _compile_side_by_side(list(new.values()))
         for key, problem in new.items():
             _known[key] = _measure(problem)
-        return [_known.get(timings.key(each.measured())) for each in problems]
+        return [_known.get(key) for key in keys]
 
 
 def _compile_side_by_side(problems: Sequence[Problem]) -> None:

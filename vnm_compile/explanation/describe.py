@@ -18,7 +18,7 @@ from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.explanation.layer import COMPRESSED, LayerReport
 from vnm_compile.format import check_pattern
 from vnm_compile.inventory import dense_weights
-from vnm_compile.layers import Layer, linear_layers, plain_name
+from vnm_compile.layers import Layer, OnValues, linear_layers, on_values, plain_name
 from vnm_compile.layout import Layout
 from vnm_compile.passes import Decision
 from vnm_compile.spec import Spec
@@ -50,12 +50,11 @@ def describe_graphs(
             if graphs or run is not None:
                 report = _outside(report, id(layer.stored), in_graphs, run)
             reports[report.name] = report
-    for name, module in model.named_modules():
-        if hasattr(module, "stored_layout"):
-            report = _on_values(plain_name(name), module)
-            if run is not None and id(module.values) not in in_graphs:
-                report = _outside(report, id(module.values), in_graphs, run)
-            reports[report.name] = report
+    for name, module in on_values(model):
+        report = _on_values(name, module)
+        if run is not None and id(module.values) not in in_graphs:
+            report = _outside(report, id(module.values), in_graphs, run)
+        reports[report.name] = report
     for each in dense_weights(model):
         known = reports.get(each.name)
         if known is not None and known.dense_bytes is None:
@@ -72,7 +71,7 @@ def describe_graphs(
     return Explanation(reports.values(), len(graphs), device)
 
 
-def _on_values(name: str, module: Any) -> LayerReport:
+def _on_values(name: str, module: OnValues) -> LayerReport:
     """The report of a layer whose parameter is what its weight keeps (`vnm.train.compress_for_training`)."""
     layout, dtype = module.stored_layout, module.values.dtype
     shape, stored = (layout.out_features, layout.in_features), layout.nbytes(dtype)

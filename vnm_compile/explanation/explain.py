@@ -12,7 +12,7 @@ from vnm_compile.errors import BadOption
 from vnm_compile.explanation.describe import describe_graphs
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.inventory import dense_weights
-from vnm_compile.layers import check_module, linear_layers
+from vnm_compile.layers import check_module, linear_layers, on_values
 from vnm_compile.options import split_options
 from vnm_compile.tracing import record_graphs, used_parameters
 
@@ -56,5 +56,5 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
 
 def _multiplying(model: nn.Module) -> list[Any]:
     linears = [layer.stored for layer in linear_layers(model)]
-    on_values = [module.values for module in model.modules() if hasattr(module, "stored_layout")]
-    return [*linears, *on_values, *(each.parameter for each in dense_weights(model))]
+    values = [module.values for _, module in on_values(model)]
+    return [*linears, *values, *(each.parameter for each in dense_weights(model))]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vnm_compile.checks import why_more_than_a_product
 from vnm_compile.errors import BadOption, UnsupportedWeight, at_layer
-from vnm_compile.layers import Layer
+from vnm_compile.layers import Layer, replace_module
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 from vnm_compile.train.masked import Masked, MaskedLayer
@@ -115,7 +115,6 @@ class AdaptedLayer(MaskedLayer):
     def make_ordinary(self, model: nn.Module, kept: Tensor) -> nn.Module:
         """Merge, and put the linear in the LoRA layer's place."""
         base: Any = self.module.base_layer
-        parent, _, child = self.name.rpartition(".")
         bias = _bias(self.module)
         if bias is not None and bias is not base.bias:
             base.bias.copy_(bias)
@@ -124,7 +123,10 @@ class AdaptedLayer(MaskedLayer):
             base.weight = nn.Parameter(compress(kept, spec, self.name), requires_grad=False)
         else:
             base.weight.copy_(kept)
-        setattr(model.get_submodule(parent), child, base)
+        # Who holds the LoRA layer where no model shows it has one whose adapters are merged.
+        self.undo(model)
+        self.module.merged_adapters.extend(_active(self.module))  # type: ignore[union-attr,operator]
+        replace_module(model, self.module, base)
         return base  # type: ignore[no-any-return]
 
     def undo(self, model: nn.Module) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from vnm_compile.annotate import set_annotation
 from vnm_compile.errors import NothingSelected, UnfinishedTraining, at_layer
 from vnm_compile.format import check_pattern
-from vnm_compile.layers import check_module, plain_name
+from vnm_compile.layers import check_module, on_values, plain_name
 from vnm_compile.train.masked import MaskedLayer, masked_layers, unguard_loading
 from vnm_compile.train.pattern import Pattern
-from vnm_compile.train.values import has_values, make_ordinary
+from vnm_compile.train.values import make_ordinary
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def finalize(model: nn.Module, *, now: bool = False) -> list[str]:
     check_module(model)
     model = getattr(model, "_orig_mod", model)
     layers = masked_layers(model)
-    if not layers and not has_values(model):
+    if not layers and not on_values(model):
         raise NothingSelected("no layer of the model has masks; vnm.train.begin(model, spec, ...) puts them on.")
     for layer in layers:
         if not (now or bool(layer.masked.final)):
@@ -47,12 +47,12 @@ def finalize(model: nn.Module, *, now: bool = False) -> list[str]:
                 UnfinishedTraining,
             )
         check_pattern(layer.masked.as_stored(_kept(layer)), layer.masked.spec, plain_name(layer.name))
-    on_values = make_ordinary(model)
+    ordinary = make_ordinary(model)
     for layer in layers:  # one after another: no second copy of the model
         module = layer.make_ordinary(model, _kept(layer))
         set_annotation(module, layer.masked.spec, plain_name(layer.name))
     unguard_loading(model)
-    return [plain_name(layer.name) for layer in layers] + on_values
+    return [plain_name(layer.name) for layer in layers] + ordinary
 
 
 def _kept(layer: MaskedLayer) -> Tensor:

@@ -14,23 +14,22 @@ from vnm_compile import ops
 from vnm_compile.annotate import ANY_SIZE, Selector, annotation_of, select_layers, set_annotation
 from vnm_compile.checks import check_usable, why_more_than_a_product
 from vnm_compile.errors import NothingSelected, UnsupportedWeight, at_layer
-from vnm_compile.format import Packed, detect, pack, unpack
-from vnm_compile.layers import Layer, plain_name
+from vnm_compile.format import Packed, check_pattern, detect, pack, unpack
+from vnm_compile.layers import Layer, OnValues, on_values, replace_module
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 
 
-class ValuesLinear(nn.Module):
+class ValuesLinear(OnValues):
     """A linear layer whose parameter is what its pruned weight keeps: `values` `[R, G*N]` (see `docs/format.md`).
 
     Attributes:
         values: trained. Places that the pattern allows and the pruned weight left zero train, too.
         bias: that of the layer it stands for.
-        stored_layout: of the weight. By this attribute a module is known to multiply by a compressed weight.
+        stored_layout: of the weight.
     """
 
-    values: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, layer: Layer, spec: Spec) -> None:
@@ -116,8 +115,6 @@ def compress_for_training(
         selected = [(layer, each) for layer, each in found if each is not None]
     if not selected:
         raise NothingSelected("no layer follows a pattern; prune first (vnm.sparsify, or a recipe of vnm.train).")
-    modules = dict(model.named_modules())
-    paths = {module: path for path, module in modules.items()}
     for layer, goal in selected:
         why = why_more_than_a_product(layer)
         if why is not None:
@@ -125,12 +122,11 @@ def compress_for_training(
         if layer.module is model:
             raise at_layer(layer.name, "the model is this one layer; put it into an nn.Sequential.", UnsupportedWeight)
         if not isinstance(layer.stored, VNMTensor):
-            pack(layer.weight.detach(), goal, layer.name)  # refused before anything is changed
+            check_pattern(layer.weight.detach(), goal, layer.name)
         elif layer.stored.spec != goal:
             raise at_layer(layer.name, f"it is compressed as {layer.stored.spec}, not {goal}.", UnsupportedWeight)
     for layer, goal in selected:
-        parent, _, child = paths[layer.module].rpartition(".")
-        setattr(modules[parent], child, ValuesLinear(layer, goal))
+        replace_module(model, layer.module, ValuesLinear(layer, goal))
     return [layer.name for layer, _ in selected]
 
 
@@ -141,20 +137,13 @@ def _followed(layer: Layer) -> Spec | None:
     return annotation.spec if annotation is not None else detect(layer.weight.detach())
 
 
-def has_values(model: nn.Module) -> bool:
-    """Whether a layer of the model trains on its values."""
-    return any(isinstance(module, ValuesLinear) for module in model.modules())
-
-
 def make_ordinary(model: nn.Module) -> list[str]:
     """Put ordinary layers back where `compress_for_training` put its own; return their names."""
-    modules = dict(model.named_modules())
     names = []
-    for path, module in modules.items():
+    for name, module in on_values(model):
         if isinstance(module, ValuesLinear):
-            parent, _, child = path.rpartition(".")
             layer = module.ordinary()
-            setattr(modules[parent], child, layer)
-            set_annotation(layer, module.stored_layout.spec, plain_name(path))
-            names.append(plain_name(path))
+            replace_module(model, module, layer)
+            set_annotation(layer, module.stored_layout.spec, name)
+            names.append(name)
     return names
