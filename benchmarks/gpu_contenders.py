@@ -14,7 +14,7 @@ from vnm_compile.backend import vnm
 from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import unpack
 
-OURS, SEMI_STRUCTURED = "vnm", "2:4"
+SEMI_STRUCTURED = "2:4"
 
 
 def random_weight(case: Case, device: torch.device, seed: int) -> Tensor:
@@ -32,29 +32,33 @@ def linears(case: Case, device: torch.device, sets: int) -> list[nn.Linear]:
     return made
 
 
-def contenders(case: Case, layers: Sequence[nn.Linear], x: Tensor) -> dict[str, list[Callable[[], Any]]]:
-    """For each contender one call a layer."""
-    torch._dynamo.reset()
+def dense(case: Case, x: Tensor, device: torch.device, sets: int, tuned: bool) -> dict[str, list[Callable[[], Any]]]:
+    """The dense contenders, one call a set of random weights: cuBLAS, and Inductor's own choice if `tuned`."""
+    weights = [
+        torch.randn(case.out_features, case.in_features, device=device).mul_(case.in_features**-0.5).to(case.dtype)
+        for _ in range(sets)
+    ]
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "cuBLAS": [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+    }
+    if tuned:
+
+        def apply(x: Tensor, weight: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, weight)
+
+        compiled = torch.compile(apply, mode="max-autotune-no-cudagraphs")
+        calls["max-autotune"] = [partial(compiled, x, weight) for weight in weights]
+    return calls
+
+
+def ours(layers: Sequence[nn.Linear], x: Tensor) -> list[Callable[[], Any]]:
+    """Calls of one compiled function, a layer each."""
 
     def apply(layer: nn.Linear, x: Tensor) -> Tensor:
         return layer(x)
 
-    def apply_sparse(layer: nn.Linear, x: Tensor) -> Tensor:
-        return layer(x)
-
-    def apply_tuned(layer: nn.Linear, x: Tensor) -> Tensor:
-        return layer(x)
-
-    dense = torch.compile(apply)
-    tuned = torch.compile(apply_tuned, mode="max-autotune-no-cudagraphs")
-    ours = torch.compile(apply_sparse, backend=vnm, options={"vnm.policy": "memory"})
-    calls = {
-        "cuBLAS": [partial(torch.nn.functional.linear, x, layer.weight) for layer in layers],
-        "compile": [partial(dense, layer, x) for layer in layers],
-        "max-autotune": [partial(tuned, layer, x) for layer in layers],
-        OURS: [partial(ours, layer, x) for layer in layers],
-    }
-    return calls
+    compiled = torch.compile(apply, backend=vnm, options={"vnm.policy": "memory"})
+    return [partial(compiled, layer, x) for layer in layers]
 
 
 def semi_structured(case: Case, x: Tensor, device: torch.device, sets: int) -> list[Callable[[], Any]] | str:

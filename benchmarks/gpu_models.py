@@ -39,10 +39,11 @@ def _rotated(hidden: int, dtype: torch.dtype, device: torch.device, tokens: int)
 
 
 BLOCKS = [
-    Block("BERT-large", "64:2:8", (512,), partial(EncoderBlock, 1024, 4096, 16), partial(_sequence, 1024, 8)),
-    Block("DeiT-base", "64:2:8", (197,), partial(EncoderBlock, 768, 3072, 12, True), partial(_sequence, 768, 32)),
     Block("Llama-3-8B", "64:2:8", (1, 16, 2048), partial(LlamaBlock, 4096, 14336, 32), partial(_rotated, 4096)),
     Block("Llama-3-8B", "128:2:16", (1, 16, 2048), partial(LlamaBlock, 4096, 14336, 32), partial(_rotated, 4096)),
+    Block("BERT-large", "64:2:8", (512,), partial(EncoderBlock, 1024, 4096, 16), partial(_sequence, 1024, 8)),
+    Block("BERT-large", "128:2:16", (512,), partial(EncoderBlock, 1024, 4096, 16), partial(_sequence, 1024, 8)),
+    Block("DeiT-base", "64:2:8", (197,), partial(EncoderBlock, 768, 3072, 12, True), partial(_sequence, 768, 32)),
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -87,7 +88,8 @@ def run(device: torch.device) -> Iterator[tuple[str, ...]]:
         torch.manual_seed(0)
         model = build(block, torch.bfloat16, device)
         for tokens in block.tokens:
-            found = {way: errors(block, model, tokens, way) for way in WAYS}
+            ways = WAYS if tokens == block.tokens[0] else ("default",)
+            found = {way: errors(block, model, tokens, way) for way in ways}
             wrong = [way for way, (ours, dense) in found.items() if not ours <= 1.1 * dense + 2**-8]
             inputs = block.inputs(torch.bfloat16, device, tokens)
             torch._dynamo.reset()

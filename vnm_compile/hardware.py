@@ -34,6 +34,7 @@ class Target:
         half_flops, tf32_flops, fp32_flops: peak of fp16 and bf16 on tensor cores, of tf32 on tensor cores, and of
             fp32, flop/s.
         clock: of its multiprocessors at those peaks, 1/s.
+        cache_bytes: that a multiprocessor reads from L2 in a cycle when all of them do.
         registers: 32-bit registers of a multiprocessor.
     """
 
@@ -50,6 +51,7 @@ class Target:
     tf32_flops: float
     fp32_flops: float
     clock: float
+    cache_bytes: float
     registers: int = 65536
 
     @property
@@ -88,20 +90,24 @@ class Core:
 _KB, _MB = 1 << 10, 1 << 20
 
 _A100 = Target(
-    "sm_80", "A100-SXM4-80GB", 80, 32, 108, 2048, 163 * _KB, 40 * _MB, 2.039e12, 312e12, 156e12, 19.5e12, 1.41e9
+    "sm_80", "A100-SXM4-80GB", 80, 32, 108, 2048, 163 * _KB, 40 * _MB, 2.039e12, 312e12, 156e12, 19.5e12, 1.41e9, 35
 )
-_AMPERE = Target("sm_86", "RTX 3090", 86, 32, 82, 1536, 99 * _KB, 6 * _MB, 0.936e12, 71e12, 35.6e12, 35.6e12, 1.695e9)
-_ADA = Target("sm_89", "RTX 4090", 89, 32, 128, 1536, 99 * _KB, 72 * _MB, 1.008e12, 165.2e12, 82.6e12, 82.6e12, 2.52e9)
-_H200 = Target("sm_90", "H200", 90, 32, 132, 2048, 227 * _KB, 50 * _MB, 4.8e12, 989e12, 494e12, 67e12, 1.83e9)
-_B200 = Target("sm_100", "B200", 100, 32, 148, 2048, 227 * _KB, 126 * _MB, 7.7e12, 2250e12, 1125e12, 75e12, 1.86e9)
+_AMPERE = Target(
+    "sm_86", "RTX 3090", 86, 32, 82, 1536, 99 * _KB, 6 * _MB, 0.936e12, 71e12, 35.6e12, 35.6e12, 1.695e9, 15
+)
+_ADA = Target(
+    "sm_89", "RTX 4090", 89, 32, 128, 1536, 99 * _KB, 72 * _MB, 1.008e12, 165.2e12, 82.6e12, 82.6e12, 2.52e9, 15
+)
+_H200 = Target("sm_90", "H200", 90, 32, 132, 2048, 227 * _KB, 50 * _MB, 4.8e12, 989e12, 494e12, 67e12, 1.83e9, 36)
+_B200 = Target("sm_100", "B200", 100, 32, 148, 2048, 227 * _KB, 126 * _MB, 7.7e12, 2250e12, 1125e12, 75e12, 1.86e9, 36)
 _RTX_5090 = Target(
-    "sm_120", "RTX 5090", 120, 32, 170, 1536, 99 * _KB, 96 * _MB, 1.792e12, 209.5e12, 104.8e12, 104.8e12, 2.41e9
+    "sm_120", "RTX 5090", 120, 32, 170, 1536, 99 * _KB, 96 * _MB, 1.792e12, 209.5e12, 104.8e12, 104.8e12, 2.41e9, 15
 )
 _MI300X = Target(
-    "gfx942", "MI300X", "gfx942", 64, 304, 2048, 64 * _KB, 256 * _MB, 5.3e12, 1307e12, 654e12, 163e12, 2.1e9
+    "gfx942", "MI300X", "gfx942", 64, 304, 2048, 64 * _KB, 256 * _MB, 5.3e12, 1307e12, 654e12, 163e12, 2.1e9, 48
 )
 _RX_7900 = Target(
-    "gfx1100", "RX 7900 XTX", "gfx1100", 32, 48, 2048, 64 * _KB, 96 * _MB, 0.96e12, 123e12, 61e12, 61e12, 2.5e9
+    "gfx1100", "RX 7900 XTX", "gfx1100", 32, 48, 2048, 64 * _KB, 96 * _MB, 0.96e12, 123e12, 61e12, 61e12, 2.5e9, 48
 )
 
 CARDS = (

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_models
+from benchmarks import gpu, gpu_cases, gpu_models, gpu_timing
 from benchmarks.blocks import EncoderBlock, LlamaBlock
 from benchmarks.gpu_cases import LARGE, TARGETS, TOKENS, Case
 from vnm_compile.spec import Spec
@@ -28,6 +28,37 @@ def test_means_take_the_better_v_and_both_shapes():
     assert (m, tokens, target) == (8, 1, TARGETS[8][0])
     assert mean == pytest.approx(3.0)
     assert over == pytest.approx(2.0)
+
+
+def test_one_v_is_taken_for_all_tokens():
+    rows = [*large("64:2:8", 1, (3.0, 3.0)), *large("64:2:8", 2048, (1.0, 1.0))]
+    rows += [*large("128:2:8", 1, (2.5, 2.5)), *large("128:2:8", 2048, (2.0, 2.0))]
+    assert [(tokens, mean) for _, tokens, mean, _, _ in gpu.geometric_means(rows)] == [
+        (1, pytest.approx(2.5)),
+        (2048, pytest.approx(2.0)),
+    ]
+
+
+def test_a_result_is_as_good_as_rounding_allows():
+    layer = torch.nn.Linear(512, 64, bias=False)
+    x = torch.randn(5, 512)
+    *_, fine = gpu.errors(layer, layer(x), x)
+    *_, off = gpu.errors(layer, layer(x) + 1e-4, x)
+    assert fine
+    assert not off
+
+
+def test_what_fails_is_left_out(monkeypatch, capsys):
+    def capture(calls):
+        for call in calls:
+            call()
+        return 1.0
+
+    monkeypatch.setattr(gpu_timing, "_capture", capture)
+    monkeypatch.setattr(gpu_timing, "_replay", lambda graph: graph)
+    taken = gpu_timing.seconds_of_each({"right": [lambda: None], "wrong": [lambda: 1 / 0]})
+    assert set(taken) == {"right"}
+    assert "wrong was not timed: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_the_summary_says_what_is_missed():
@@ -61,7 +92,7 @@ def test_floors():
 
 
 def test_the_cases_cover_the_targets():
-    cases = list(gpu_cases.layers())
+    cases = [case for cases in gpu_cases.layers() for case in cases]
     for m in TARGETS:
         for tokens in TOKENS:
             found = {case.name for case in cases if case.spec.m == m and case.tokens == tokens}
@@ -94,8 +125,8 @@ def test_unknown_section_and_no_gpu(capsys):
 
 
 def test_dry_run(capsys, monkeypatch):
-    monkeypatch.setattr(gpu_cases, "layers", lambda: [Case(14336, 4096, 16, Spec.parse("64:2:8"))])
-    monkeypatch.setattr(gpu_cases, "small", lambda: [Case(1024, 4096, 2048, Spec.parse("128:2:32"))])
+    monkeypatch.setattr(gpu_cases, "layers", lambda: [[Case(14336, 4096, 16, Spec.parse("64:2:8"))]])
+    monkeypatch.setattr(gpu_cases, "small", lambda: [[Case(1024, 4096, 2048, Spec.parse("128:2:32"))]])
     assert gpu.main(["--dry-run", "--target", "sm_80"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3

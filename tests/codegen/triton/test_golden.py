@@ -50,6 +50,7 @@ def scale(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
 
 GOLDEN = [
     Golden("decode_add", "sm_90", "64:2:8", 1, 128, 512, torch.bfloat16, add_residual),
+    Golden("few_tokens_add", "sm_90", "64:2:8", 5, 128, 512, torch.bfloat16, add_residual),
     Golden("prefill_gelu", "sm_90", "128:2:16", 300, 256, 512, torch.bfloat16, gelu),
     Golden("tails_gelu", "sm_80", "32:2:5", 33, 100, 333, torch.float16, gelu),
     Golden("one_kept_scale", "sm_89", "64:1:8", 20, 64, 256, torch.float32, scale),
@@ -57,7 +58,8 @@ GOLDEN = [
 ]
 
 MULTIPLIES = {
-    "decode_add": "HGMMA",
+    "decode_add": "FFMA",  # one token has no use for tensor cores
+    "few_tokens_add": "HGMMA",
     "prefill_gelu": "HGMMA",
     "gated_silu": "HGMMA",
     "tails_gelu": "HMMA",

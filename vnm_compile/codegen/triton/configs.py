@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,8 +23,10 @@ _SPLIT_TOKENS = 128
 """Up to this many tokens K may be split; beyond, partial results are more to write and read than is won."""
 
 _REGISTERS = {("cuda", 32): 178, ("hip", 64): 100, ("hip", 32): 78}
+_REGISTERS_OF_WARP_GROUPS = 216
 """How many of a thread's (at most 256) registers the estimate may fill; with more, real kernels were seen to spill. By
-backend and threads of a warp: AMD's RDNA has 32."""
+backend and threads of a warp: AMD's RDNA has 32. Where four warps multiply together, the activations stay in shared
+memory, and the compiler needs fewer than the estimate says."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,37 @@ class Config:
 def configurations(shape: Shape, target: Target) -> list[Config]:
     """The configurations that suit a problem, best first."""
     fitting = [config for config in _candidates(shape, target) if _fits(config, shape, target)]
-    return sorted(fitting, key=lambda config: seconds(config, shape, target))
+    # Where memory is what all of them wait for, small tiles keep more of it on its way.
+    return sorted(fitting, key=lambda each: (seconds(each, shape, target), each.block_o, each.block_g))
+
+
+def vector_configurations(shape: Shape) -> list[Config]:
+    """The configurations for one token without tensor cores: a warp takes 128 groups of each of its rows.
+
+    As timed on an H200: rows of few groups want many programs, long ones many loads in a thread.
+    """
+    if shape.groups <= 128:
+        sizes = [(8, 128, 1), (4, 128, 1), (16, 128, 2), (16, 256, 2)]
+    elif shape.groups <= 256:
+        sizes = [(16, 128, 2), (8, 256, 1), (8, 256, 2), (32, 128, 4)]
+    else:
+        sizes = [(8, 256, 2), (16, 256, 4), (32, 256, 4), (8, 256, 1)]
+    found = [Config(block_o, 1, block_g, warps, stages=1) for block_o, block_g, warps in sizes]
+    return [config for config in found if config.block_o <= largest_block(shape.spec)]
+
+
+def two_passes(shape: Shape, target: Target) -> bool:
+    """Whether gate and up take less time as one weight of twice the rows, and a kernel of what they make together.
+
+    One kernel for both has half of its accumulators for each, so its tiles hold half the tokens.
+    """
+    both = [replace(shape, gated=True), replace(shape, rows=2 * shape.rows, gated=False)]
+    ranked = [(configurations(each, target), each) for each in both]
+    if not all(found for found, _ in ranked):
+        return False
+    one, two = (seconds(found[0], each, target) for found, each in ranked)
+    written_and_read = 2 * shape.tokens * 2 * shape.rows * shape.dtype.itemsize
+    return one > two + _LAUNCH_SECONDS + written_and_read / target.bandwidth
 
 
 def splits(shape: Shape, target: Target) -> int:
@@ -133,10 +165,16 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
         and rows_of_warps <= 2 * config.warps
         # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
         and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * target.warp_size * config.warps
-        and config.registers(shape, target.warp_size) <= _REGISTERS[target.backend, target.warp_size]
+        and config.registers(shape, target.warp_size) <= _most_registers(config, target)
         and config.registers(shape, target.warp_size) * target.warp_size * config.warps <= target.registers
         and config.shared_bytes(shape) <= target.shared_bytes
     )
+
+
+def _most_registers(config: Config, target: Target) -> int:
+    if _by_warp_groups(target) and target.capability[0] == 9 and config.warps % 4 == 0 and config.block_o % 64 == 0:
+        return _REGISTERS_OF_WARP_GROUPS
+    return _REGISTERS[target.backend, target.warp_size]
 
 
 def _loops(config: Config, shape: Shape) -> bool:
@@ -150,60 +188,55 @@ def _by_warp_groups(target: Target) -> bool:
     return target.backend == "cuda" and target.capability[0] in (9, 10)
 
 
-# What the estimate of a time is made of.
-_WIDE_TOKENS, _WIDE_ROWS = 128, 64
-"""From tiles this wide on the tensor cores are kept busy."""
-_TOKENS_POWER, _ROWS_POWER = 0.25, 0.5
-"""In narrower ones they wait for operands, with the width to this power."""
-_EXPAND_DIRECT, _EXPAND = 3, 5
-"""Instructions that expand a term, as counted in machine code: where a warp group multiplies out of the registers that
-it expands to, and where what is expanded changes lanes first."""
+# What the estimate of a time is made of: fitted to 330 configurations of 35 problems timed on an H200, which it tells
+# to 13 % (docs/kernels.md). Elsewhere it orders configurations by the same account.
 _LANES = 128
 """Lanes of a multiprocessor that run an instruction each in a cycle."""
-_ON_CHIP_BYTES = 48
-"""Bytes a cycle that a multiprocessor reads from L1 and L2, about."""
-_STEP_SECONDS = 1.2e-6
-"""Latency of a step of the loop that nothing hides: a column from memory, then the activations that it points to."""
+_EXPAND_DIRECT, _EXPAND = 6, 10
+"""Instructions that bring a term of the weight to the tensor cores: where a warp group multiplies out of the registers
+that it expands to, and where what is expanded changes lanes first (of machine code, not timed)."""
+_GATHER = 9
+"""Instructions that bring 16 bytes of activations, whose place a column from memory says."""
+_STEP_CYCLES = {1: 1130}
+_STEP_CYCLES_DEEP = 280
+"""Cycles of a step of the loop that nothing hides, by how many tiles are under way at a time."""
+_OF_BANDWIDTH = 0.69
+"""Of a long copy's bandwidth, as much as weights reach that are read once."""
+_LAUNCH_SECONDS = 3.8e-6
+"""From the end of the kernel before to the first step, and from the last step to the end."""
 
 
 def seconds(config: Config, shape: Shape, target: Target) -> float:
-    """Estimated time: the slower of memory and of the busiest multiprocessor's arithmetic and on-chip traffic."""
+    """Estimated time: the slower of memory and of the busiest multiprocessor's steps.
+
+    Tiles on a multiprocessor take turns: their arithmetic adds up, and so does what they read from the cache; the
+    longer of the two passes, and one step's latency with the first.
+    """
     weights = 2 if shape.gated else 1
-    tiles = -(-shape.rows // config.block_o) * -(-shape.tokens // config.block_t) * config.splits
     threads = target.warp_size * config.warps
-    resident = max(
-        1,
-        min(
-            target.shared_bytes // config.shared_bytes(shape),
-            target.registers // (config.registers(shape, target.warp_size) * threads),
-            target.threads // threads,
-        ),
-    )
+    tiles = -(-shape.rows // config.block_o) * -(-shape.tokens // config.block_t) * config.splits
     share = -(-tiles // target.multiprocessors)  # tiles of the busiest multiprocessor
-    groups = -(-shape.groups // config.splits)
-    groups = -(-groups // config.block_g) * config.block_g
-    terms = KEPT_COLUMNS * groups
-    narrow_t, narrow_o = min(1.0, config.block_t / _WIDE_TOKENS), min(1.0, config.block_o / _WIDE_ROWS)
-    efficiency = narrow_t**_TOKENS_POWER * narrow_o**_ROWS_POWER
-    rate = target.peak_flops(shape.dtype, allows_tf32()) / target.multiprocessors * efficiency
-    multiply = weights * 2 * config.block_o * config.block_t * terms / rate
-    # Warps that share rows expand each for itself.
-    direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
-    repeated = max(1, 16 * config.warps // config.block_o)
-    instructions = weights * (_EXPAND_DIRECT if direct else _EXPAND) * config.block_o * terms * repeated
-    expand = instructions / (_LANES * target.clock)
-    bytes_read = (
-        weights
-        * groups
-        * (
-            config.block_o * shape.spec.n * (shape.dtype.itemsize + 0.25)
-            + KEPT_COLUMNS * config.block_t * shape.dtype.itemsize
-        )
+    resident = min(
+        share,
+        target.shared_bytes // config.shared_bytes(shape),
+        target.registers // (config.registers(shape, target.warp_size) * threads),
+        target.threads // threads,
     )
-    on_chip = bytes_read / (_ON_CHIP_BYTES * target.clock)
-    # Resident tiles hide each other's latencies; a lone one waits for its own.
-    busy = max(multiply, expand, on_chip) * share + (multiply + expand + on_chip) / resident
-    iterations = groups / config.block_g
-    latency = iterations * _STEP_SECONDS / (1 + (config.stages - 1) // 2) * -(-share // resident)
+    resident = max(1, resident)
+    rounds = (-(-share // resident) + max(1.0, share / resident)) / 2  # the last is as short as it is empty
+    groups = -(-shape.groups // config.splits)
+    steps = -(-groups // config.block_g)
+    terms = KEPT_COLUMNS * config.block_g
+    rate = target.peak_flops(shape.dtype, allows_tf32()) / target.multiprocessors / target.clock
+    multiply = 2 * config.block_o * config.block_t * terms / rate
+    direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
+    repeated = max(1, 16 * config.warps // config.block_o)  # warps that share rows expand each for itself
+    expand = (_EXPAND_DIRECT if direct else _EXPAND) * config.block_o * terms * repeated / _LANES
+    gather = _GATHER * terms * max(1, config.block_t * shape.dtype.itemsize // 16) / _LANES
+    weight = config.block_o * config.block_g * shape.spec.n * (shape.dtype.itemsize + 0.25)
+    read = (weight + terms * config.block_t * shape.dtype.itemsize) / target.cache_bytes
+    latency = _STEP_CYCLES.get((config.stages - 1) // 2, _STEP_CYCLES_DEEP)
+    step = max(resident * weights * read, resident * weights * (multiply + expand + gather) + latency)
+
     stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
-    return max(busy, latency, stored / target.bandwidth)
+    return _LAUNCH_SECONDS + max(rounds * steps * step / target.clock, stored / (_OF_BANDWIDTH * target.bandwidth))

@@ -2,7 +2,7 @@
 
 Activations are wanted with tokens next to each other (K-major), in rows that are padded to 16 bytes: a kept column is
 then a contiguous row, read 16 bytes at a time, whatever the number of tokens. What computes the activations writes
-them so where Inductor can fuse it; else a copy does.
+them so where Inductor can fuse it; else a copy does. One token is read as it lies, by a kernel without tensor cores.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import logging
 from typing import Any
 
+import sympy
 import torch
 
 from vnm_compile.activations import ACTIVATIONS
@@ -21,6 +22,7 @@ from vnm_compile.codegen.inductor import (
     copy_strided,
     fits_32_bits,
     fuses_multiply_add,
+    known_equal,
     layout_of,
     realized,
     reshape,
@@ -30,9 +32,21 @@ from vnm_compile.codegen.inductor import (
     tunes_exhaustively,
 )
 from vnm_compile.codegen.random_arrays import random_packed
-from vnm_compile.codegen.triton.configs import Config, Shape, configurations, largest_block
+from vnm_compile.codegen.triton.configs import (
+    Config,
+    Shape,
+    configurations,
+    largest_block,
+    two_passes,
+    vector_configurations,
+)
 from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
-from vnm_compile.codegen.triton.templates import gated_template, linear_template
+from vnm_compile.codegen.triton.templates import (
+    gated_template,
+    gated_vector_template,
+    linear_template,
+    vector_template,
+)
 from vnm_compile.codegen.virtual_device import device_target
 from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.layout import Layout
@@ -43,6 +57,7 @@ aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEWEST_ROWS = 16  # of a tensor core's tile
+_FEWEST_TOKENS = 16  # of a tile: rows of so many are read whole
 _MEASURED = 4  # configurations, where the user has not asked for more
 _MEASURED_EXHAUSTIVELY = 24
 _PROGRAM_GROUP = 8  # tiles of tokens that run side by side
@@ -83,14 +98,31 @@ class _Sparse:
         self.layout, self.spec = layout, layout.spec
         self.dtype = x.get_dtype()
         self.target: Target = device_target(x.get_device())
-        self.x = _k_major(x)
+        self.given = _as_matrix(x)
         values, metadata = (rows_in_place(array, WIDEST_LOAD, padded=True) for array in arrays[:2])
         # Metadata is read two bytes at a time where a quad of groups has as many.
         self.arrays = (values, _rows_apart(metadata, self.spec.n), rows_in_place(arrays[2], WIDEST_LOAD))
-        self.tokens = self.x.get_size()[0]
+        self.tokens = self.given.get_size()[0]
+
+    @functools.cached_property
+    def x(self) -> Any:
+        """The activations, K-major with aligned rows."""
+        return _k_major(self.given)
+
+    @property
+    def permutes_bytes(self) -> bool:
+        """Whether a word of values is expanded by permutations of bytes, which are NVIDIA's."""
+        return self.dtype.itemsize == 2 and self.spec.n == 2 and self.target.backend == "cuda"
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether there is one token, and a kernel without tensor cores for the values."""
+        return self.permutes_bytes and known_equal(self.tokens, 1)
 
     def linear(self) -> Any:
         """Node of the product, `[tokens, out_features]`; None where no configuration fits the device."""
+        if self.is_vector:
+            return self._vector(vector_template())
         ranked = self._ranked(gated=False)
         if not ranked:
             return None
@@ -100,13 +132,20 @@ class _Sparse:
 
     def gated(self, activation: str) -> Any:
         """Node of the gated product, `[tokens, out_features]`; None as in `linear`."""
+        if self.is_vector:
+            return self._vector(gated_vector_template(activation))
         ranked = self._ranked(gated=True)
         if not ranked:
             return None
-        if ranked[0].splits == 1:
+        two = two_passes(self._shape(gated=True), self.target)
+        if ranked[0].splits == 1 and not two:
             return self._call(gated_template(activation), ranked, self.layout.out_features)
         # Gate and up are one weight of twice the rows here.
-        both = self._sums(ranked, self.layout.rows + self.layout.out_features)
+        columns = self.layout.rows + self.layout.out_features
+        if ranked[0].splits > 1:
+            both = self._sums(ranked, columns)
+        else:
+            both = self._call(linear_template(), self._ranked(gated=False, rows=2 * self.layout.rows), columns)
         gate = apply(aten.slice.Tensor, both, 1, 0, self.layout.out_features)
         up = apply(aten.slice.Tensor, both, 1, self.layout.rows, self.layout.rows + self.layout.out_features)
         product = apply(aten.mul.Tensor, apply_function(ACTIVATIONS[activation].eager, gate), up)
@@ -115,10 +154,16 @@ class _Sparse:
     def _cast(self, node: Any) -> Any:
         return apply(torch.ops.prims.convert_element_type.default, node, self.dtype)
 
-    def _ranked(self, gated: bool) -> list[Config]:
-        shape = Shape(
-            max(1, size_hint(self.tokens)), self.layout.rows, self.layout.groups, self.spec, self.dtype, gated
-        )
+    def _vector(self, template: Any) -> Any:
+        x = rows_in_place(self.given, self.dtype.itemsize)
+        return self._call(template, vector_configurations(self._shape(gated=False)), self.layout.out_features, x=x)
+
+    def _shape(self, gated: bool, rows: int | None = None) -> Shape:
+        tokens = max(1, size_hint(self.tokens))
+        return Shape(tokens, rows or self.layout.rows, self.layout.groups, self.spec, self.dtype, gated)
+
+    def _ranked(self, gated: bool, rows: int | None = None) -> list[Config]:
+        shape = self._shape(gated, rows)
         ranked = configurations(shape, self.target)
         kept = ranked[: _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED]
         log.debug("%s on %s: %s", shape, self.target.name, kept)
@@ -129,10 +174,11 @@ class _Sparse:
         parts = self._call(linear_template(), ranked, columns, parts=ranked[0].splits)
         return apply(aten.sum.dim_IntList, parts, [0])
 
-    def _call(self, template: Any, ranked: list[Config], columns: int, parts: int = 1) -> Any:
+    def _call(self, template: Any, ranked: list[Config], columns: int, parts: int = 1, x: Any = None) -> Any:
+        x = self.x if x is None else x
         size = [self.tokens, columns] if parts == 1 else [parts, self.tokens, columns]
-        layout = layout_of(self.x, size, self.dtype if parts == 1 else torch.float32)
-        inputs = [self.x, *self.arrays]
+        layout = layout_of(x, size, self.dtype if parts == 1 else torch.float32)
+        inputs = [x, *self.arrays]
         choices: list[Any] = []
         errors: list[Exception] = []
         for config in ranked:
@@ -144,7 +190,7 @@ class _Sparse:
                 num_stages=config.stages,
                 # Said, and not left to Triton, whose default changes with 3.10.
                 triton_meta={"enable_fp_fusion": fuses_multiply_add()},
-                **self._constants(config, columns),
+                **self._constants(config, columns, inputs),
             )
             if error is not None:
                 log.warning("%s with %s: %s", template.name, config, error)
@@ -153,7 +199,7 @@ class _Sparse:
             raise errors[0]
         return choose_fastest(template.name, choices, inputs, layout, self._random_arrays())
 
-    def _constants(self, config: Config, columns: int) -> dict[str, Any]:
+    def _constants(self, config: Config, columns: int, inputs: list[Any]) -> dict[str, Any]:
         spec, groups = self.spec, self.layout.groups
         half = self.dtype.itemsize == 2
         split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
@@ -182,20 +228,11 @@ class _Sparse:
             "DTYPE": {2: "tl.bfloat16" if self.dtype == torch.bfloat16 else "tl.float16", 4: "tl.float32"}[
                 self.dtype.itemsize
             ],
-            "WIDE": not fits_32_bits(*self._extents()),
+            "WIDE": not fits_32_bits(*_extents(inputs)),
             "COLUMN_BITS": 8 * spec.column_dtype.itemsize,
-            # Permutations of bytes are NVIDIA's.
-            "PERMUTE_BYTES": half and spec.n == 2 and self.target.backend == "cuda",
+            "PERMUTE_BYTES": self.permutes_bytes,
             "ALLOW_TF32": allows_tf32(),
         }
-
-    def _extents(self) -> list[Any]:
-        """Elements up to the last that a load may touch, of each array. Inductor's own check stops at the last element
-        that counts, and what a whole load brings of the padding behind it may lie beyond 32 bits."""
-        return [
-            each.get_size()[dim] * each.get_stride()[dim]
-            for each, dim in zip((self.x, *self.arrays), (1, 0, 0, 0), strict=True)
-        ]
 
     def _random_arrays(self) -> dict[int, Any]:
         """Valid random arrays to measure on: random columns would lie outside of the activations."""
@@ -203,7 +240,7 @@ class _Sparse:
 
         @functools.cache
         def arrays() -> Any:
-            return random_packed(self.layout.with_rows(rows), self.dtype, self.x.get_device())
+            return random_packed(self.layout.with_rows(rows), self.dtype, self.given.get_device())
 
         def like(position: int, buffer: Any) -> torch.Tensor:
             size, stride = ([int(s) for s in sizes] for sizes in (buffer.get_size(), buffer.get_stride()))
@@ -214,14 +251,28 @@ class _Sparse:
         return {1 + i: functools.partial(like, i) for i in range(3)}
 
 
-def _k_major(x: Any) -> Any:
-    """The activations as a matrix `[tokens, in_features]`, K-major with aligned rows."""
+def _as_matrix(x: Any) -> Any:
+    """The activations as `[tokens, in_features]`."""
     *leading, width = x.get_size()
     tokens = 1
     for size in leading:
         tokens = tokens * size
+    return reshape(x, [tokens, width])
+
+
+def _k_major(x: Any) -> Any:
+    """A matrix of activations, K-major with aligned rows."""
+    tokens, width = x.get_size()
     padded = round_up(tokens, WIDEST_LOAD // x.get_dtype().itemsize)
-    return copy_strided(reshape(x, [tokens, width]), [1, padded], [padded, width])
+    if isinstance(tokens, int | sympy.Integer):
+        padded = max(padded, _FEWEST_TOKENS)
+    return copy_strided(x, [1, padded], [padded, width])
+
+
+def _extents(inputs: list[Any]) -> list[Any]:
+    """Elements up to the last that a load may touch, of each array. Inductor's own check stops at the last element
+    that counts, and what a whole load brings of the padding behind it may lie beyond 32 bits."""
+    return [each.get_size()[dim] * each.get_stride()[dim] for each, dim in zip(inputs, (1, 0, 0, 0), strict=True)]
 
 
 def _rows_apart(array: Any, multiple: int) -> Any:

@@ -37,7 +37,23 @@ def linear_template() -> Any:
 @functools.cache
 def gated_template(activation: str) -> Any:
     """`activation(x @ gate.T) * (x @ up.T)`; `activation` is a name in `vnm_compile.activations`."""
-    body = textwrap.indent(ACTIVATIONS[activation].triton, "    ")
-    source = _source("gated", "weight").replace("ACTIVATE", activation)
-    source += f"\n\n@triton.jit\ndef {activation}(x):\n{body}\n"
+    source = _activated(_source("gated", "weight"), activation)
     return TritonTemplate(name=f"vnm_gated_{activation}", grid=_grid, source=source)
+
+
+@functools.cache
+def vector_template() -> Any:
+    """`x @ W.T` for one token, without tensor cores."""
+    return TritonTemplate(name="vnm_vector", grid=_grid, source=_source("vector", "row_products"))
+
+
+@functools.cache
+def gated_vector_template(activation: str) -> Any:
+    """`activation(x @ gate.T) * (x @ up.T)` for one token, without tensor cores."""
+    source = _activated(_source("gated_vector", "row_products"), activation)
+    return TritonTemplate(name=f"vnm_gated_vector_{activation}", grid=_grid, source=source)
+
+
+def _activated(source: str, activation: str) -> str:
+    body = textwrap.indent(ACTIVATIONS[activation].triton, "    ")
+    return source.replace("ACTIVATE", activation) + f"\n\n@triton.jit\ndef {activation}(x):\n{body}\n"
