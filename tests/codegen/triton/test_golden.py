@@ -49,7 +49,7 @@ def scale(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
 
 
 GOLDEN = [
-    Golden("decode_add", "sm_90", "64:2:8", 1, 128, 512, torch.bfloat16, add_residual),
+    Golden("decode_add", "sm_90", "64:2:8", 1, 128, 2048, torch.bfloat16, add_residual),
     Golden("few_tokens_add", "sm_90", "64:2:8", 5, 128, 512, torch.bfloat16, add_residual),
     Golden("prefill_gelu", "sm_90", "128:2:16", 300, 256, 512, torch.bfloat16, gelu),
     Golden("tails_gelu", "sm_80", "32:2:5", 33, 100, 333, torch.float16, gelu),

@@ -138,9 +138,9 @@ def test_gated(interpreter, activation, tokens):
 
 def test_split_sums(interpreter):
     """Few tiles and a long K: partial sums, and one kernel that adds them up and applies the epilogue."""
-    pattern, x, packed, weight = case("64:2:8", 3, 128, 2200, torch.bfloat16)
+    pattern, x, packed, weight = case("64:2:8", 3, 128, 4400, torch.bfloat16)
     bias = torch.randn(128).to(torch.bfloat16)
-    multiply = plain(pattern, 128, 2200)
+    multiply = plain(pattern, 128, 4400)
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any, bias: Any) -> Any:
         return torch.relu(multiply(x, values, metadata, columns) + bias)
@@ -156,16 +156,16 @@ def test_split_sums(interpreter):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_split_sums_of_a_gated_pair(interpreter, activation):
     """A second kernel adds the sums up and applies the activation, lowered from its eager function."""
-    pattern, x, gate, gate_weight = case("64:2:8", 2, 100, 2048, torch.float16)
-    up = arrays(100, 2048, pattern, torch.float16, seed=1)
+    pattern, x, gate, gate_weight = case("64:2:8", 2, 100, 4096, torch.float16)
+    up = arrays(100, 4096, pattern, torch.float16, seed=1)
     both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return gated_linear(x, (values, metadata, columns), Layout(pattern, 100, 2048), activation)
+        return gated_linear(x, (values, metadata, columns), Layout(pattern, 100, 4096), activation)
 
     generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
     assert any("SPLITS : tl.constexpr = 4" in kernel.source for kernel in generated.kernels)
-    weights = gate_weight, unpack(up, Layout(pattern, 100, 2048))
+    weights = gate_weight, unpack(up, Layout(pattern, 100, 4096))
     dense, exact = (
         ACTIVATIONS[activation].eager(F.linear(x.to(kind), weights[0].to(kind)))
         * F.linear(x.to(kind), weights[1].to(kind))

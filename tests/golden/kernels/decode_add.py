@@ -4,20 +4,20 @@ def triton_tem_fused_add_linear_0(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, 
     N : tl.constexpr = 2
     M : tl.constexpr = 8
     O : tl.constexpr = 128
-    K : tl.constexpr = 512
-    G : tl.constexpr = 64
+    K : tl.constexpr = 2048
+    G : tl.constexpr = 256
     R : tl.constexpr = 128
-    BLOCK_O : tl.constexpr = 8
+    BLOCK_O : tl.constexpr = 16
     BLOCK_T : tl.constexpr = 1
     BLOCK_G : tl.constexpr = 128
     GROUP_T : tl.constexpr = 8
     SPLITS : tl.constexpr = 1
-    SPLIT_G : tl.constexpr = 128
-    VALUES_STRIDE : tl.constexpr = 64
-    VALUES_WIDTH : tl.constexpr = 64
-    METADATA_STRIDE : tl.constexpr = 16
-    METADATA_WIDTH : tl.constexpr = 16
-    EVEN_G : tl.constexpr = False
+    SPLIT_G : tl.constexpr = 256
+    VALUES_STRIDE : tl.constexpr = 256
+    VALUES_WIDTH : tl.constexpr = 256
+    METADATA_STRIDE : tl.constexpr = 64
+    METADATA_WIDTH : tl.constexpr = 64
+    EVEN_G : tl.constexpr = True
     TAIL : tl.constexpr = False
     WORDS : tl.constexpr = tl.int32
     DTYPE : tl.constexpr = tl.bfloat16
@@ -39,7 +39,7 @@ def triton_tem_fused_add_linear_0(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, 
     tile_o = token % tiles_o
     token = token // tiles_o
     rows = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    x = X + token * 512
+    x = X + token * 2048
 
     acc = row_products(x, VALUES, METADATA, COLUMNS, rows, tile_o * BLOCK_O // V, G, K, M, VALUES_STRIDE, METADATA_STRIDE,
                        BLOCK_O, BLOCK_G)[:, None]
@@ -75,9 +75,9 @@ def row_products(x, values, metadata, columns, rows, block, groups: tl.constexpr
     for group in range(0, groups, BLOCK_G):
         quad = group // 4 + tl.arange(0, quads)
         # One element a thread, as the words below have one quad a thread: a wider load would have to change threads.
-        code = tl.load(metadata + tl.multiple_of(quad, 1)[None, :], mask=(quad < 16)[None, :], other=0).to(tl.int32)
+        code = tl.load(metadata + tl.multiple_of(quad, 1)[None, :]).to(tl.int32)
         word = group + tl.arange(0, BLOCK_G)
-        words = tl.load(values + word[None, :], mask=(word < 64)[None, :], other=0)
+        words = tl.load(values + word[None, :])
         even, odd = tl.split(tl.reshape(words, [BLOCK_O, quads, 2, 2]))
         w0, w2 = tl.split(even)
         w1, w3 = tl.split(odd)
@@ -101,19 +101,19 @@ def row_products(x, values, metadata, columns, rows, block, groups: tl.constexpr
 def kept_activations(x, columns, group, groups: tl.constexpr, in_features: tl.constexpr, M: tl.constexpr):
     """The four activations of each group, in two words: [1, groups] each. Those past the last feature are zeros."""
     # One load brings the four columns of a group.
-    four = tl.load(columns + group, mask=group < groups, other=0)
+    four = tl.load(columns + group)
 
     column = group * M + ((four >> 0) & 255).to(tl.int32)
-    x0 = tl.load(x + column, mask=(group < groups) & (column < in_features), other=0).to(tl.int32)
+    x0 = tl.load(x + column).to(tl.int32)
 
     column = group * M + ((four >> 8) & 255).to(tl.int32)
-    x1 = tl.load(x + column, mask=(group < groups) & (column < in_features), other=0).to(tl.int32)
+    x1 = tl.load(x + column).to(tl.int32)
 
     column = group * M + ((four >> 16) & 255).to(tl.int32)
-    x2 = tl.load(x + column, mask=(group < groups) & (column < in_features), other=0).to(tl.int32)
+    x2 = tl.load(x + column).to(tl.int32)
 
     column = group * M + ((four >> 24) & 255).to(tl.int32)
-    x3 = tl.load(x + column, mask=(group < groups) & (column < in_features), other=0).to(tl.int32)
+    x3 = tl.load(x + column).to(tl.int32)
 
     return ((x0 & 0xFFFF) | (x1 << 16))[None, :], ((x2 & 0xFFFF) | (x3 << 16))[None, :]
 

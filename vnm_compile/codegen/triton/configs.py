@@ -83,10 +83,11 @@ class Config:
 
 
 def configurations(shape: Shape, target: Target) -> list[Config]:
-    """The configurations that suit a problem, best first."""
+    """The configurations that suit a problem, best first; all cut K into as many parts."""
     fitting = [config for config in _candidates(shape, target) if _fits(config, shape, target)]
     # Where memory is what all of them wait for, small tiles keep more of it on its way.
-    return sorted(fitting, key=lambda each: (seconds(each, shape, target), each.block_o, each.block_g))
+    ranked = sorted(fitting, key=lambda each: (seconds(each, shape, target), each.block_o, each.block_g))
+    return [config for config in ranked if config.splits == ranked[0].splits]
 
 
 def vector_configurations(shape: Shape) -> list[Config]:
@@ -119,10 +120,9 @@ def two_passes(shape: Shape, target: Target) -> bool:
 
 
 def splits(shape: Shape, target: Target) -> int:
-    """Into how many parts K is cut so that a problem with few tiles keeps the whole device reading.
+    """Into how many parts K may be cut so that a problem with few tiles keeps the whole device reading.
 
-    The partial results are summed by a second kernel, which is worth its launch only where most of the device would
-    idle otherwise.
+    The partial results are summed by a second kernel, which is not always worth its launch.
     """
     if shape.tokens > _SPLIT_TOKENS:
         return 1
@@ -139,7 +139,6 @@ def largest_block(spec: Spec) -> int:
 
 
 def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
-    parts = splits(shape, target)
     few = shape.tokens <= DECODE_TOKENS
     tokens = [max(16, 1 << (shape.tokens - 1).bit_length())] if few else [32, 64, 128, 256]
     for block_o in (16, 32, 64, 128):
@@ -147,7 +146,8 @@ def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
             for warps in (1, 2, 4, 8):
                 for block_g in (16, 32, 64) if few else (16, 32):
                     for stages in (3, 5, 7):
-                        yield Config(block_o, block_t, block_g, warps, stages, parts)
+                        for parts in sorted({1, splits(shape, target)}):
+                            yield Config(block_o, block_t, block_g, warps, stages, parts)
 
 
 def _fits(config: Config, shape: Shape, target: Target) -> bool:
@@ -204,6 +204,8 @@ _OF_BANDWIDTH = 0.69
 """Of a long copy's bandwidth, as much as weights reach that are read once."""
 _LAUNCH_SECONDS = 3.8e-6
 """From the end of the kernel before to the first step, and from the last step to the end."""
+_SUM_SECONDS = 2e-6
+"""Of the kernel that adds partial sums up: 1.2 us, and the gap before it."""
 
 
 def seconds(config: Config, shape: Shape, target: Target) -> float:
@@ -239,4 +241,5 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     step = max(resident * weights * read, resident * weights * (multiply + expand + gather) + latency)
 
     stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
-    return _LAUNCH_SECONDS + max(rounds * steps * step / target.clock, stored / (_OF_BANDWIDTH * target.bandwidth))
+    extra = _LAUNCH_SECONDS + (_SUM_SECONDS if config.splits > 1 else 0)
+    return extra + max(rounds * steps * step / target.clock, stored / (_OF_BANDWIDTH * target.bandwidth))

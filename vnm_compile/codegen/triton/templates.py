@@ -13,7 +13,8 @@ from vnm_compile.codegen.inductor import TritonTemplate
 _HERE = Path(__file__).parent
 
 
-def _source(*names: str) -> str:
+def source(*names: str) -> str:
+    """Templates one after the other."""
     return "".join((_HERE / f"{name}.py.jinja").read_text() for name in names)
 
 
@@ -31,29 +32,29 @@ def _grid(*sizes_and_meta: Any, cdiv: Any = None) -> tuple[int, int, int]:
 @functools.cache
 def linear_template() -> Any:
     """`x @ W.T`."""
-    return TritonTemplate(name="vnm_linear", grid=_grid, source=_source("linear", "weight"))
+    return TritonTemplate(name="vnm_linear", grid=_grid, source=source("linear", "weight"))
 
 
 @functools.cache
 def gated_template(activation: str) -> Any:
     """`activation(x @ gate.T) * (x @ up.T)`; `activation` is a name in `vnm_compile.activations`."""
-    source = _activated(_source("gated", "weight"), activation)
-    return TritonTemplate(name=f"vnm_gated_{activation}", grid=_grid, source=source)
+    text = _activated(source("gated", "weight"), activation)
+    return TritonTemplate(name=f"vnm_gated_{activation}", grid=_grid, source=text)
 
 
 @functools.cache
 def vector_template() -> Any:
     """`x @ W.T` for one token, without tensor cores."""
-    return TritonTemplate(name="vnm_vector", grid=_grid, source=_source("vector", "row_products"))
+    return TritonTemplate(name="vnm_vector", grid=_grid, source=source("vector", "row_products"))
 
 
 @functools.cache
 def gated_vector_template(activation: str) -> Any:
     """`activation(x @ gate.T) * (x @ up.T)` for one token, without tensor cores."""
-    source = _activated(_source("gated_vector", "row_products"), activation)
-    return TritonTemplate(name=f"vnm_gated_vector_{activation}", grid=_grid, source=source)
+    text = _activated(source("gated_vector", "row_products"), activation)
+    return TritonTemplate(name=f"vnm_gated_vector_{activation}", grid=_grid, source=text)
 
 
-def _activated(source: str, activation: str) -> str:
+def _activated(text: str, activation: str) -> str:
     body = textwrap.indent(ACTIVATIONS[activation].triton, "    ")
-    return source.replace("ACTIVATE", activation) + f"\n\n@triton.jit\ndef {activation}(x):\n{body}\n"
+    return text.replace("ACTIVATE", activation) + f"\n\n@triton.jit\ndef {activation}(x):\n{body}\n"
