@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_split_sums(interpreter):
 
     generated = generate(graph, [x, *packed, bias], "sm_90", static=(1, 2, 3, 4))
     (kernel,) = (each for each in generated.kernels if each.schedule.template)
-    assert "SPLITS : tl.constexpr = 4" in kernel.source
+    assert re.search("SPLITS : tl.constexpr = [248]", kernel.source)
     dense = torch.relu(F.linear(x, weight) + bias)
     exact = torch.relu(F.linear(x.double(), weight.double()) + bias.double())
     expect(interpreter, generated, [x, *packed, bias], dense, exact)
@@ -164,7 +165,7 @@ def test_split_sums_of_a_gated_pair(interpreter, activation):
         return gated_linear(x, (values, metadata, columns), Layout(pattern, 100, 4096), activation)
 
     generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
-    assert any("SPLITS : tl.constexpr = 4" in kernel.source for kernel in generated.kernels)
+    assert any(re.search("SPLITS : tl.constexpr = [248]", kernel.source) for kernel in generated.kernels)
     weights = gate_weight, unpack(up, Layout(pattern, 100, 4096))
     dense, exact = (
         ACTIVATIONS[activation].eager(F.linear(x.to(kind), weights[0].to(kind)))
