@@ -71,7 +71,7 @@ def test_a_process_that_imports_only_torch():
     assert result.stdout.strip() == "right", result.stderr
 
 
-@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("dynamic", [*(pytest.param(each, marks=pytest.mark.slow) for each in (None, True)), False])
 def test_shapes(dynamic):
     model = block()
     run = compiled(model, dynamic=dynamic, fullgraph=True)

@@ -83,6 +83,7 @@ def test_prune_minilm_and_load_it_again(tmp_path, text):
     assert not [path for path in out.parent.iterdir() if path != out], "no temporary directory is left"
 
 
+@pytest.mark.slow  # MiniLM goes the same way
 def test_prune_llama_by_the_module(tmp_path, llama, text):
     """As a process of its own, second order, dtype and architecture kept."""
     out = tmp_path / "sparse"

@@ -131,7 +131,9 @@ def test_a_llama_layer():
     assert report.kernels[position + 1] is report.sparse[3]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "target", ["sm_90", *(pytest.param(each, marks=pytest.mark.slow) for each in ("sm_80", "sm_100"))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_narrow_layers_do_not_spill(dtype, target):
     for width in (64, 192, 256):
@@ -162,6 +164,7 @@ def test_tensors_made_of_numbers():
     assert len(report.sparse) == 1
 
 
+@pytest.mark.slow
 def test_what_was_inspected_before_makes_no_difference():
     model = feed_forward()
     sources = []

@@ -13,11 +13,12 @@ def test_a_second_process_starts_warm():
     assert (compiled, equal, added) == (0, True, 0)
 
 
-@pytest.mark.parametrize("how", [processes.forked, processes.spawned])
+@pytest.mark.parametrize("how", [processes.forked, pytest.param(processes.spawned, marks=pytest.mark.slow)])
 def test_children(how):
     assert how()
 
 
+@pytest.mark.slow  # tests/test_bad_files.py has the like
 def test_cut_files_of_ours_are_no_harm():
     assert processes.cut_files() == 0
 

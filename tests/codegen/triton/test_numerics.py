@@ -28,8 +28,19 @@ SHAPES = [  # tokens, out_features, in_features: tails everywhere
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("spec", ["16:2:4", "32:1:8", "64:2:5", "64:2:8", "128:2:16", "64:1:16", "16:2:300"])
+SPECS = ["16:2:4", "32:1:8", "64:2:5", "64:2:8", "128:2:16", "64:1:16", "16:2:300"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        # Each pattern in one dtype, and each dtype with three patterns.
+        pytest.param(spec, dtype, marks=[] if (i - j) % 3 == 0 else pytest.mark.slow)
+        for i, spec in enumerate(SPECS)
+        for j, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32))
+    ],
+    ids=str,
+)
 def test_every_pattern_dtype_and_tail(interpreter, spec, dtype):
     for tokens, out_features, in_features in SHAPES:
         pattern, x, packed, weight = case(spec, tokens, out_features, in_features, dtype)

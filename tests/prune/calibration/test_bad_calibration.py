@@ -281,6 +281,7 @@ def test_compiled_models_are_pruned_as_they_are():
     assert torch.equal(weight == 0, expected["2.weight"] == 0)
 
 
+@pytest.mark.slow
 def test_other_defaults_of_dtype_and_device():
     """In a process of its own: a default device reaches everything that is made without one."""
     code = """

@@ -134,7 +134,7 @@ def weight(layer):
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
-@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("conv1d", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", vnm.prune.METHODS)
 def test_permute_keeps_more_of_every_layer_and_lowers_its_error(method, conv1d):
     def prune(permute):
