@@ -18,7 +18,7 @@ def test_children(how):
     assert how()
 
 
-@pytest.mark.slow  # tests/test_bad_files.py has the like
+@pytest.mark.slow
 def test_cut_files_of_ours_are_no_harm():
     assert processes.cut_files() == 0
 
