@@ -12,7 +12,7 @@ from tests.codegen.triton.cases import arrays, case, expect, plain
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import generate
 from vnm_compile.codegen.triton import lowering
-from vnm_compile.codegen.triton.configs import Shape, two_passes, vector_configurations
+from vnm_compile.codegen.triton.configs import Config, Shape, two_passes, vector_configurations
 from vnm_compile.format import unpack
 from vnm_compile.hardware import find_target
 from vnm_compile.layout import Layout
@@ -91,22 +91,31 @@ def test_what_has_tensor_cores_still(interpreter, target, spec, dtype, tokens):
     expect(interpreter, generated, [x, *packed], F.linear(x, weight), F.linear(x.double(), weight.double()))
 
 
-def test_gate_and_up_in_two_passes(interpreter, monkeypatch):
-    """Many tokens: one product with both weights, and a kernel of what they make together."""
+def test_when_gate_and_up_take_two_passes():
     shapes = [Shape(tokens, 14336, 512, Spec(64, 2, 8), torch.bfloat16, gated=True) for tokens in (16, 64, 2048)]
     assert [two_passes(shape, find_target("sm_90")) for shape in shapes] == [False, False, True]
 
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gate_and_up_in_two_passes(interpreter, monkeypatch, parts):
+    """Many tokens: one product with both weights, in one part or several, and a kernel of what they make together."""
+
+    def configurations(shape: Shape, target: Any) -> list[Config]:
+        return [Config(64, 64, 16, 4, 3, 1 if shape.gated else parts)]
+
     monkeypatch.setattr(lowering, "two_passes", lambda shape, target: True)
-    pattern, x, gate, gate_weight = case("64:2:8", 40, 100, 200, torch.bfloat16)
-    up = arrays(100, 200, pattern, torch.bfloat16, seed=1)
+    monkeypatch.setattr(lowering, "configurations", configurations)
+    pattern, x, gate, gate_weight = case("64:2:8", 40, 100, 800, torch.bfloat16)
+    up = arrays(100, 800, pattern, torch.bfloat16, seed=1)
     both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return gated_linear(x, (values, metadata, columns), Layout(pattern, 100, 200), "silu")
+        return gated_linear(x, (values, metadata, columns), Layout(pattern, 100, 800), "silu")
 
     generated = generate(graph, [x, *both], "sm_90", static=(1, 2, 3))
     assert templates(generated) == ["vnm_linear"]
-    weights = gate_weight, unpack(up, Layout(pattern, 100, 200))
+    assert f"SPLITS : tl.constexpr = {parts}" in generated.wrapper
+    weights = gate_weight, unpack(up, Layout(pattern, 100, 800))
     dense, exact = (
         F.silu(F.linear(x.to(kind), weights[0].to(kind))) * F.linear(x.to(kind), weights[1].to(kind))
         for kind in (torch.bfloat16, torch.float64)

@@ -126,9 +126,7 @@ class _Sparse:
         ranked = self._ranked(gated=False)
         if not ranked:
             return None
-        if ranked[0].splits == 1:
-            return self._call(linear_template(), ranked, self.layout.out_features)
-        return self._cast(self._sums(ranked, self.layout.out_features))
+        return self._cast(self._product(ranked, self.layout.out_features))
 
     def gated(self, activation: str) -> Any:
         """Node of the gated product, `[tokens, out_features]`; None as in `linear`."""
@@ -137,21 +135,21 @@ class _Sparse:
         ranked = self._ranked(gated=True)
         if not ranked:
             return None
-        two = two_passes(self._shape(gated=True), self.target)
-        if ranked[0].splits == 1 and not two:
+        if ranked[0].splits == 1 and not two_passes(self._shape(gated=True), self.target):
             return self._call(gated_template(activation), ranked, self.layout.out_features)
         # Gate and up are one weight of twice the rows here.
-        columns = self.layout.rows + self.layout.out_features
-        if ranked[0].splits > 1:
-            both = self._sums(ranked, columns)
-        else:
-            both = self._call(linear_template(), self._ranked(gated=False, rows=2 * self.layout.rows), columns)
+        ranked = self._ranked(gated=False, rows=2 * self.layout.rows)
+        if not ranked:
+            return None
+        both = self._product(ranked, self.layout.rows + self.layout.out_features)
         gate = apply(aten.slice.Tensor, both, 1, 0, self.layout.out_features)
         up = apply(aten.slice.Tensor, both, 1, self.layout.rows, self.layout.rows + self.layout.out_features)
         product = apply(aten.mul.Tensor, apply_function(ACTIVATIONS[activation].eager, gate), up)
         return self._cast(product)
 
     def _cast(self, node: Any) -> Any:
+        if node.get_dtype() == self.dtype:
+            return node
         return apply(torch.ops.prims.convert_element_type.default, node, self.dtype)
 
     def _vector(self, template: Any) -> Any:
@@ -169,10 +167,11 @@ class _Sparse:
         log.debug("%s on %s: %s", shape, self.target.name, kept)
         return kept
 
-    def _sums(self, ranked: list[Config], columns: int) -> Any:
-        """Sum of the partial products, `[tokens, columns]` in fp32."""
-        parts = self._call(linear_template(), ranked, columns, parts=ranked[0].splits)
-        return apply(aten.sum.dim_IntList, parts, [0])
+    def _product(self, ranked: list[Config], columns: int) -> Any:
+        """`[tokens, columns]`: one kernel's, or the sum of partial products, which is left in fp32."""
+        parts = ranked[0].splits
+        product = self._call(linear_template(), ranked, columns, parts)
+        return product if parts == 1 else apply(aten.sum.dim_IntList, product, [0])
 
     def _call(self, template: Any, ranked: list[Config], columns: int, parts: int = 1, x: Any = None) -> Any:
         x = self.x if x is None else x
