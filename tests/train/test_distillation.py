@@ -236,3 +236,8 @@ def test_in_a_trainer_with_masks(tmp_path):
     trainer = distil(tmp_path, steps=6, callbacks=[vnm.train.MaskCallback("16:2:8", vnm.train.MaskDecay(every=2))])
     assert vnm.matches(trainer.model.bert.encoder.layer[0].intermediate.dense.weight, "16:2:8")
     assert trainer.evaluate(Data())["eval_loss"] > 0
+
+
+def test_what_an_evaluation_returns_has_no_hidden_states(tmp_path):
+    predictions = distil(tmp_path, steps=1).predict(Data()).predictions
+    assert predictions.shape == (32, 2)

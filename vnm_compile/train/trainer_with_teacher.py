@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.utils import ModelOutput
 
 from vnm_compile.train.distillation import Distillation
 
@@ -35,7 +36,13 @@ class DistillationTrainer(Trainer):
         if model.training:
             for name, term in found.terms.items():
                 self._seen.setdefault(f"distillation_{name}", []).append(term)
-        return (found.loss, found.outputs) if return_outputs else found.loss
+        if not return_outputs:
+            return found.loss
+        outputs = found.outputs
+        if not model.training and isinstance(outputs, ModelOutput):
+            # The Trainer gathers all that an evaluation returns; the hidden states were for the loss alone.
+            outputs = type(outputs)(**{name: each for name, each in outputs.items() if name != "hidden_states"})
+        return found.loss, outputs
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the terms beside the loss."""
