@@ -234,7 +234,9 @@ def main() -> None:
     print(table(rows))
     if options.write:
         kept = [{**asdict(row), "curve": [round(loss, 5) for loss in row.curve[::5]]} for row in rows]
-        keep("distill", kept, f"{table(rows)}\n\n({machine()})", "training.md", "training minilm")
+        about = machine()
+        where = f"({about['cpu']}; {about['threads']} threads; torch {about['torch']})"
+        keep("distill", kept, f"{table(rows)}\n\n{where}", "training.md", "training minilm")
         plot(rows, RESULTS / "distill.png")
 
 
