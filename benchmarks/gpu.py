@@ -23,7 +23,7 @@ import torch
 
 import vnm_compile  # noqa: F401  (registers the ops)
 from benchmarks import gpu_cases, gpu_models
-from benchmarks.gpu_cases import LARGE, LEAST_SMALL, TARGETS, TOKENS, Case
+from benchmarks.gpu_cases import LARGE, LEAST_SMALL, TARGETS, TOKENS, Case, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("correctness", "models", "layers", "small")
@@ -133,9 +133,7 @@ def errors(layer: torch.nn.Linear, y: torch.Tensor, x: torch.Tensor) -> tuple[fl
     order of summation: a unit in the last place, grown with the root of the number of terms, as random errors do.
     """
     exact = x.double() @ layer.weight.detach().double().T
-    ours, dense, least = (
-        float((each.double() - exact).norm() / exact.norm()) for each in (y, layer(x), exact.to(x.dtype))
-    )
+    ours, dense, least = (relative_error(each, exact) for each in (y, layer(x), exact.to(x.dtype)))
     summed = 2**-24 * layer.in_features**0.5 if x.dtype == torch.float32 else 0.0
     return ours, dense, ours <= 1.1 * max(dense, least, summed)
 

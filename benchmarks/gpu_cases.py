@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vnm_compile.cost import CostModel
 from vnm_compile.layout import Layout
@@ -49,6 +50,11 @@ class Case:
         """The least seconds a call can take on a device that moves `bandwidth` bytes/s and does `flops` flop/s."""
         model = CostModel(self.out_features, self.in_features, self.layout, self.dtype, balance=flops / bandwidth)
         return model.time_at(self.tokens, sparse) / bandwidth
+
+
+def relative_error(output: Tensor, exact: Tensor) -> float:
+    """How far off a result is, of the norm of the exact one (float64)."""
+    return float((output.double() - exact).norm() / exact.norm())
 
 
 def layers(specs: tuple[str, ...] = SPECS) -> Iterator[list[Case]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.blocks import EncoderBlock, LlamaBlock, angles
 from benchmarks.contenders import fill_with_pattern
+from benchmarks.gpu_cases import relative_error
 from vnm_compile.backend import vnm
 from vnm_compile.spec import Spec
 
@@ -73,11 +74,7 @@ def errors(block: Block, model: nn.Module, tokens: int, way: str) -> tuple[float
         exact = copy.deepcopy(model).double()(*(each.double() for each in inputs))
         for _ in range(3):  # CUDA graphs are recorded on the way
             ours = compiled(*inputs).clone()
-        return _relative(ours, exact), _relative(model(*inputs), exact)
-
-
-def _relative(output: Tensor, exact: Tensor) -> float:
-    return float((output.double() - exact).norm() / exact.norm())
+        return relative_error(ours, exact), relative_error(model(*inputs), exact)
 
 
 def run(device: torch.device) -> Iterator[tuple[str, ...]]:

@@ -8,10 +8,7 @@ static model (`codegen/triton/configs.py`) is fitted to and held against. `--dry
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,12 +21,12 @@ from typing import Any
 
 import jinja2
 import torch
-from torch import Tensor
 
-from benchmarks.gpu_cases import LARGE, SMALL, TOKENS
+from benchmarks.gpu_cases import LARGE, SMALL, TOKENS, relative_error
 from vnm_compile.codegen.triton import templates
 from vnm_compile.codegen.triton.configs import Config, Shape, configurations, splits, vector_configurations
 from vnm_compile.hardware import TARGETS
+from vnm_compile.inspection.machine_code import loaded
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
@@ -140,15 +137,7 @@ def compiled(job: Job) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.py"
-        path.write_text(job.source())
-        spec = importlib.util.spec_from_file_location("kernel", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["kernel"] = module
-        spec.loader.exec_module(module)
+    with loaded(job.source()) as module:
         out = "*fp32" if job.config.splits > 1 else "*bf16"
         signature = {"X": "*bf16", "VALUES": "*bf16", "METADATA": "*u8", "COLUMNS": "*u8", "OUT": out}
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))}
@@ -203,7 +192,7 @@ def time_together(group: list[Job], device: torch.device) -> Iterator[dict[str, 
         run = kernel[job.grid]
         its = [partial(run, x if job.is_vector else across, *packed, out) for packed in arrays[job.spec]]
         its[0]()
-        error = _error(out, exact[job.spec])
+        error = relative_error(out.double().sum(0) if parts else out, exact[job.spec])
         kept.append(out)  # graphs write to it
         calls[str(job)] = its
         rows[str(job)] = {
@@ -214,11 +203,6 @@ def time_together(group: list[Job], device: torch.device) -> Iterator[dict[str, 
     for name, row in rows.items():
         if name in taken:
             yield {**row, "us": taken[name], "dense_us": taken["dense"]}
-
-
-def _error(out: Tensor, exact: Tensor) -> float:
-    y = out.double().sum(0) if out.dim() == 3 else out.double()
-    return float((y - exact).norm() / exact.norm())
 
 
 def run(found: list[Job], out: Path) -> int:

@@ -81,6 +81,19 @@ def test_padding_has_no_say():
     torch.testing.assert_close(alone.loss, padded.loss)
 
 
+def test_masks_of_every_form_say_the_same():
+    """Ones, booleans, what is added to the scores, and a mask for each query."""
+    teacher, student = pair(hf.BertForMaskedLM)
+    distillation = Distillation(teacher, Terms(logits=1))
+    inputs = batch()
+    ones = inputs["attention_mask"]
+    expected = distillation(student.eval(), **inputs)
+    added = torch.zeros(3, 1, 7, 7).masked_fill(ones[:, None, None] == 0, torch.finfo(torch.float32).min)
+    for mask in (ones.bool(), added):
+        found = distillation(student, **{**inputs, "attention_mask": mask})
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-6)
+
+
 def test_only_the_student_learns():
     teacher, student = pair(hidden_dropout_prob=0.5)
     before = copy.deepcopy(teacher.state_dict())
@@ -133,6 +146,47 @@ def test_any_module_by_name():
     assert not any(module._forward_hooks for module in (*teacher.modules(), *student.modules()))
     found.loss.backward()
     assert student.blocks[0][0].weight.grad is not None
+
+
+class Writes(Net):
+    """Writes to what it is called with, to what a block returned, and calls its first block twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks[1] = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x.mul_(0.5)
+        x = self.blocks[0](self.blocks[0](x))
+        y = self.blocks[1](x)
+        y.add_(x)
+        return self.head(y)
+
+
+def test_models_that_write_to_their_tensors():
+    torch.manual_seed(0)
+    teacher, student = Writes(), Writes()
+    x = torch.randn(6, 16)
+    terms = Terms(hidden=1, embeddings=0)
+    found = Distillation(teacher, terms, layers=["blocks.0", "blocks.1"])(student, x.clone())
+    states = []
+    for model in (student, teacher):
+        first = model.blocks[0](0.5 * x)
+        second = model.blocks[0](first)
+        states.append([first, second, model.blocks[1](second)])
+    expected = sum((a - b).square().mean() / b.square().mean() for a, b in zip(*states, strict=True)) / 3
+    torch.testing.assert_close(found.loss, expected)
+    found.loss.backward()
+
+
+def test_layers_of_a_model_that_is_compiled_in_parts():
+    torch.manual_seed(0)
+    teacher, student = Net(), Net()
+    layers = ["blocks.0.0", "blocks.1"]
+    x = torch.randn(6, 16)
+    expected = Distillation(teacher, Terms(embeddings=0), layers=layers)(student, x).loss
+    student.blocks[0] = torch.compile(student.blocks[0], backend="eager")
+    torch.testing.assert_close(Distillation(teacher, Terms(embeddings=0), layers=layers)(student, x).loss, expected)
 
 
 def test_a_pruned_model_comes_nearer_to_its_teacher():

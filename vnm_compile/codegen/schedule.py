@@ -42,8 +42,8 @@ class Schedule:
         fused_ops: the ops, in graph order, as `vnm.linear` or `aten.gelu`; views are left out.
         template: name of the template it was generated from, or None.
         reads, writes: the buffers.
-        flops: floating-point operations of its matrix products, as they are carried out (on GPUs a sparse linear
-            computes on all kept columns).
+        flops: floating-point operations of its matrix products, as they are carried out (on tensor cores a sparse
+            linear computes on all kept columns).
         tokens: rows of the activation of its sparse linear; None where it has none.
         dtype: of its first activation.
     """
@@ -203,9 +203,15 @@ def _flops(node: Any) -> int:
     if not (node.is_template() or node.is_extern()):
         return 0  # something fused, or a step that follows, such as the sum of partial results
     layout = Layout.parse(str(sparse.args[3]))
-    kept = KEPT_COLUMNS if sparse.meta["val"].device.type != "cpu" else layout.spec.n
+    kept = KEPT_COLUMNS if _multiplies_zeros(node) else layout.spec.n
     matrices = 2 if sparse.target is _GATED else 1
     return 2 * _hint(_rows(sparse)) * matrices * layout.rows * layout.groups * kept
+
+
+def _multiplies_zeros(node: Any) -> bool:
+    """Whether a sparse kernel multiplies all kept columns, those that hold zeros too, as on tensor cores."""
+    on_gpu = node.node.get_device().type != "cpu"
+    return on_gpu and not (node.is_template() and "_vector" in template_name(node.node))
 
 
 def _rows(linear: fx.Node) -> Any:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vnm_compile._torch import tree_map_only
 from vnm_compile.errors import BadLoss, BadModel, BadOption
+from vnm_compile.layers import plain_name
+from vnm_compile.prune.calibration.padding import real_positions
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Distillation:
                 f"{type(teacher).__name__} takes no output_hidden_states; name the modules to compare with layers=, or "
                 "give Terms(hidden=0)."
             )
-        self._layers, self._embed = named, embed or _mean_embedding
+        self._layers, self._embed = named, embed
 
     def __call__(self, student: nn.Module, *args: Any, **kwargs: Any) -> Distilled:
         """Call both models and compare what they make of the arguments.
@@ -118,18 +121,25 @@ class Distillation:
         if self.terms.hidden and not self._layers:
             kwargs = {"output_hidden_states": True, **kwargs}
         with torch.no_grad():
-            theirs, their_states = self._run(self.teacher, list(self._layers.values()), args, kwargs)
+            # Of its own: a model may write to what it is called with, and the student is called with the same.
+            own_args, own_kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+            theirs, their_states = self._run(self.teacher, list(self._layers.values()), own_args, own_kwargs)
         ours, our_states = self._run(student, list(self._layers), args, kwargs)
-        mask = kwargs.get("attention_mask")
+        mask = _positions(self.teacher, kwargs)
         compute = {
             "hidden": lambda: _hidden_difference(our_states, their_states, mask),
-            "embeddings": lambda: _cosine_distance(self._embed(ours, kwargs), self._embed(theirs, kwargs)),
+            "embeddings": lambda: _cosine_distance(self._embedding(ours, kwargs), self._embedding(theirs, kwargs)),
             "logits": lambda: _divergence(_logits(ours), _logits(theirs), self.terms.temperature, mask),
             "task": lambda: _own_loss(ours),
         }
         found = {name: make() for name, make in compute.items() if getattr(self.terms, name)}
         loss = torch.stack([getattr(self.terms, name) * term for name, term in found.items()]).sum()
         return Distilled(loss, {name: term.detach() for name, term in found.items()}, ours)
+
+    def _embedding(self, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
+        if self._embed is not None:
+            return self._embed(outputs, kwargs)
+        return _mean_embedding(outputs, _positions(self.teacher, kwargs))
 
     def _run(
         self, model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -139,17 +149,19 @@ class Distillation:
             return model(*args, **kwargs), []
         if not names:
             outputs = model(*args, **kwargs)
-            states = getattr(outputs, "hidden_states", None)
-            if not states:
+            told = getattr(outputs, "hidden_states", None)
+            if not told:
                 raise BadModel(
                     f"{type(model).__name__} returns no hidden_states; name the modules to compare with layers=."
                 )
-            return outputs, list(states)
-        states = {}
+            return outputs, list(told)
+        states: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                states[name] = output[0] if isinstance(output, tuple) else output
+                state = output[0] if isinstance(output, tuple) else output
+                if isinstance(state, Tensor):
+                    states[name].append(state.clone())  # the model may go on writing to it
 
             return hook
 
@@ -157,10 +169,10 @@ class Distillation:
             for name in names:
                 hooks.enter_context(_module(model, name, "student").register_forward_hook(keep(name)))
             outputs = model(*args, **kwargs)
-        missing = [name for name in names if not isinstance(states.get(name), Tensor)]
+        missing = [name for name, each in states.items() if not each]
         if missing:
             raise BadModel(f"{', '.join(missing)} returned no tensor on this call, so there is nothing to compare.")
-        return outputs, [states[name] for name in names]
+        return outputs, [state for name in names for state in states[name]]
 
 
 def _tells_hidden_states(model: nn.Module) -> bool:
@@ -172,12 +184,11 @@ def _tells_hidden_states(model: nn.Module) -> bool:
 
 
 def _module(model: nn.Module, name: str, role: str) -> nn.Module:
-    """A module by name, also of a model that DDP or torch.compile has wrapped."""
-    for prefix in ("", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
-        try:
-            return model.get_submodule(prefix + name)
-        except AttributeError:
-            continue
+    """A module by name, also of a model that DDP or torch.compile has wrapped, whole or in parts."""
+    modules = {plain_name(each): module for each, module in model.named_modules(remove_duplicate=False)}
+    for each in (name, f"module.{name}"):
+        if each in modules:
+            return modules[each]
     raise BadOption(f"layers names {name!r}, and the {role}, a {type(model).__name__}, has no such module.")
 
 
@@ -190,12 +201,19 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
+def _positions(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Which positions of the outputs are no padding, `[batch, tokens]`; None where no mask says so."""
+    second = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    mask = kwargs.get("decoder_attention_mask" if second else "attention_mask")
+    return real_positions(mask) if isinstance(mask, Tensor) else None
+
+
 def _tokens(mask: Tensor | None, like: Tensor) -> Tensor:
     """Which positions of `like`, `[batch, tokens, ...]`, count."""
     shape = like.shape[:-1]
     if mask is None or mask.shape != shape:
         return torch.ones(shape, dtype=torch.bool, device=like.device)
-    return mask.to(like.device).bool()
+    return mask.to(like.device)
 
 
 def _hidden_difference(ours: list[Tensor], theirs: list[Tensor], mask: Tensor | None) -> Tensor:
@@ -223,7 +241,7 @@ def _cosine_distance(ours: Tensor, theirs: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(ours.float(), theirs.float(), dim=-1)).mean()
 
 
-def _mean_embedding(outputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
+def _mean_embedding(outputs: Any, mask: Tensor | None) -> Tensor:
     states = getattr(outputs, "last_hidden_state", None)
     if states is None and getattr(outputs, "hidden_states", None):
         states = outputs.hidden_states[-1]
@@ -236,7 +254,7 @@ def _mean_embedding(outputs: Any, kwargs: Mapping[str, Any]) -> Tensor:
         )
     if states.dim() < 3:
         return states
-    inside = _tokens(kwargs.get("attention_mask"), states).unsqueeze(-1)
+    inside = _tokens(mask, states).unsqueeze(-1)
     return (states.float() * inside).sum(1) / inside.sum(1).clamp_min(1)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.codegen.triton.cases import arrays, case, expect, plain
+from tests.support import assert_as_accurate_as_dense
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import generate
 from vnm_compile.codegen.triton import lowering
@@ -61,6 +62,34 @@ def test_gated(interpreter, activation):
         for kind in (torch.bfloat16, torch.float64)
     )
     expect(interpreter, generated, [x, *both], dense, exact)
+
+
+def test_activations_that_are_written_to_between_two_products(interpreter):
+    pattern, x, packed, weight = case("64:2:8", 1, 64, 304, torch.float16)
+    multiply = plain(pattern, 64, 304)
+
+    def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
+        def product(x: Any) -> Any:
+            return multiply(x, values, metadata, columns)
+
+        x = x * 2
+        before = product(x)
+        x.add_(1)
+        return before, product(x), product(x[..., :1].expand(-1, -1, 304))
+
+    generated = generate(graph, [x, *packed], "sm_90", static=(1, 2, 3))
+    assert set(templates(generated)) == {"vnm_vector"}
+    outputs = interpreter.run(generated.wrapper, [x, *packed])
+    each = x * 2, x * 2 + 1, (x * 2 + 1)[..., :1].expand(-1, -1, 304)
+    for output, given in zip(outputs, each, strict=True):
+        assert_as_accurate_as_dense(output, F.linear(given, weight), F.linear(given.double(), weight.double()))
+
+
+def test_its_work_is_on_what_is_kept():
+    pattern, x, packed, _ = case("64:2:8", 1, 64, 304, torch.float16)
+    generated = generate(plain(pattern, 64, 304), [x, *packed], "sm_90", static=(1, 2, 3))
+    (kernel,) = (each for each in generated.kernels if each.schedule.template)
+    assert kernel.schedule.flops == 2 * 64 * 38 * 2
 
 
 def test_infinite_activations_stay_where_they_are(interpreter):

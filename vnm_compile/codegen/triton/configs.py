@@ -139,15 +139,15 @@ def largest_block(spec: Spec) -> int:
 
 
 def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
-    few = shape.tokens <= DECODE_TOKENS
+    few, parts = shape.tokens <= DECODE_TOKENS, sorted({1, splits(shape, target)})
     tokens = [max(16, 1 << (shape.tokens - 1).bit_length())] if few else [32, 64, 128, 256]
     for block_o in (16, 32, 64, 128):
         for block_t in tokens:
             for warps in (1, 2, 4, 8):
                 for block_g in (16, 32, 64) if few else (16, 32):
                     for stages in (3, 5, 7):
-                        for parts in sorted({1, splits(shape, target)}):
-                            yield Config(block_o, block_t, block_g, warps, stages, parts)
+                        for each in parts:
+                            yield Config(block_o, block_t, block_g, warps, stages, each)
 
 
 def _fits(config: Config, shape: Shape, target: Target) -> bool:
