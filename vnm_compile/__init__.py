@@ -10,6 +10,7 @@ import vnm_compile.native.gradients
 import vnm_compile.tensor_ops  # noqa: F401 (gives VNMTensor its ops)
 from vnm_compile.annotate import annotate
 from vnm_compile.backend import refresh
+from vnm_compile.checkpoint import load, save
 from vnm_compile.convert import compress_model, decompress_model
 from vnm_compile.errors import VNMError
 from vnm_compile.explanation import explain
@@ -35,8 +36,10 @@ __all__ = [
     "explain",
     "finalize",
     "inspect",
+    "load",
     "matches",
     "refresh",
+    "save",
     "select_spec",
     "sparsify",
 ]

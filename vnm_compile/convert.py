@@ -18,6 +18,7 @@ from vnm_compile.annotate import (
 from vnm_compile.checks import check_usable
 from vnm_compile.errors import NothingSelected
 from vnm_compile.format import check_pattern
+from vnm_compile.integrations import tell
 from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.spec import Spec
@@ -61,6 +62,7 @@ def compress_model(
             layer.module.weight = nn.Parameter(packed, requires_grad=False)
         set_annotation(layer.module, layer_spec, layer.name)
     return_freed_memory()
+    tell(model)
     return [layer.name for layer, _ in chosen]
 
 
@@ -86,6 +88,7 @@ def decompress_model(model: nn.Module) -> list[str]:
             for name, parameter in module._parameters.items():
                 if parameter is weight:
                     setattr(module, name, dense)
+    tell(model)
     return [layer.name for layer in compressed]
 
 

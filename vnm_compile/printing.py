@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:  # imported when something is printed: compiling does not need it
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -27,3 +28,15 @@ class Printed:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+Item = TypeVar("Item")
+
+
+def tracked(items: Sequence[Item], what: str, shown: bool) -> Iterable[Item]:
+    """The items one after the other, with a progress bar on stderr while they last, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, what, transient=True, console=console, disable=not (shown and console.is_terminal))

@@ -133,7 +133,7 @@ def _dlpack(tensor: Tensor, *_: Any, **__: Any) -> Any:
 def _storage(tensor: Tensor, *_: Any, **__: Any) -> Any:
     raise RefusedWrite(
         "a compressed weight has no dense storage; weight.values, .metadata and .columns are what it stores, and "
-        "weight.to_dense() is the dense weight."
+        "weight.to_dense() is the dense weight. To write a model to a file, call vnm.save(model, directory)."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import stat
@@ -12,17 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from vnm_compile.errors import BadFile, VNMError
+from vnm_compile.checkpoint.files import first_line, indexed, read_json
+from vnm_compile.errors import BadFile
 
-WEIGHT_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*",
-    "tf_model*",
-    "flax_model*",
-    "*.gguf",
-    "*.onnx",
-)
 NOT_COPIED = ("onnx", "openvino", ".git")  # folders that hold the dense weights once more
 _NAMES_SHOWN = 3
 
@@ -36,7 +27,8 @@ def load_model(directory: Path) -> nn.Module:
     """
     check_directory(directory)
     kind = _model_class(directory, read_json(directory / "config.json"))
-    _check_indices(directory)
+    for index in sorted(directory.glob("*.index.json")):
+        indexed(index)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file is no news to the user
@@ -57,7 +49,7 @@ def load_model(directory: Path) -> nn.Module:
     except pickle.UnpicklingError as error:
         raise BadFile(f"{directory}: its weights hold more than tensors, and are not unpickled.") from error
     except Exception as error:  # anything may come of a damaged file; the class's name says what did
-        raise BadFile(f"{directory}: the model cannot be loaded: {_first_line(error)}") from error
+        raise BadFile(f"{directory}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         transformers.utils.logging.set_verbosity(level)
     _check_complete(directory, info)
@@ -77,7 +69,7 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as with models
         raise BadFile(
-            f"{directory} holds no tokenizer that can be loaded ({_first_line(error)}), so text cannot be its "
+            f"{directory} holds no tokenizer that can be loaded ({first_line(error)}), so text cannot be its "
             "calibration data; give a .safetensors file of model inputs."
         ) from error
 
@@ -123,21 +115,6 @@ def _root(directory: Path) -> Path:
     return real.parent.parent if in_cache else real
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        VNMError: it cannot be read, is no UTF-8 or no JSON, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadFile(f"{path} cannot be read as JSON: {_first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise BadFile(f"{path} holds a {type(found).__name__}; expected a JSON object.")
-    return found
-
-
 def _model_class(directory: Path, config: dict[str, Any]) -> Any:
     import transformers
 
@@ -152,7 +129,7 @@ def _model_class(directory: Path, config: dict[str, Any]) -> Any:
     try:
         kind = getattr(transformers, name, None) if name.isidentifier() else None
     except Exception as error:  # the class needs a package that is not there
-        raise BadFile(f"{directory}: {name} cannot be imported: {_first_line(error)}") from error
+        raise BadFile(f"{directory}: {name} cannot be imported: {first_line(error)}") from error
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         version = transformers.__version__
         raise BadFile(f"{directory}: transformers {version} has no class {name} of models; update transformers.")
@@ -166,19 +143,6 @@ def _brings_code(config: Any) -> bool:
     return isinstance(config, list) and any(map(_brings_code, config))
 
 
-def _check_indices(directory: Path) -> None:
-    """The files that an index of weights names must lie in the directory."""
-    for index in sorted(directory.glob("*.index.json")):
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise BadFile(f"{index} has no weight_map; expected the file of each weight.")
-        for name in sorted({str(each) for each in names.values()}):
-            if name in ("", ".", "..") or set(name) & set("/\\\0"):
-                raise BadFile(f"{index} names the file {name!r}; weights are only read from the model's directory.")
-            if not (directory / name).is_file():
-                raise BadFile(f"{index} names the file {name}, which is missing.")
-
-
 def _check_complete(directory: Path, info: dict[str, Any]) -> None:
     missing, mismatched, unexpected = (
         _shown(info.get(f"{kind}_keys") or ()) for kind in ("missing", "mismatched", "unexpected")
@@ -190,16 +154,10 @@ def _check_complete(directory: Path, info: dict[str, Any]) -> None:
     if unexpected:
         raise BadFile(f"{directory}: its files hold weights that the model has no place for: {unexpected}.")
     if info.get("error_msgs"):
-        raise BadFile(f"{directory}: the model cannot be loaded: {_first_line(info['error_msgs'])}")
+        raise BadFile(f"{directory}: the model cannot be loaded: {first_line(info['error_msgs'])}")
 
 
 def _shown(keys: Iterable[Any]) -> str:
     names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
-
-
-def _first_line(error: Any) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kind = f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, VNMError) else ""
-    return kind + (lines[0] if lines else "no further reason is given")

@@ -1,0 +1,135 @@
+"""`vnm.load`: what `vnm.save` wrote, into a model of the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vnm_compile.annotate import set_annotation
+from vnm_compile.checkpoint.files import Checkpoint, open_checkpoint
+from vnm_compile.checks import why_unusable
+from vnm_compile.errors import BadFile, UnsupportedWeight, at_layer
+from vnm_compile.layers import Layer, check_module, linear_layers, plain_name, shared_weights
+from vnm_compile.memory import return_freed_memory
+from vnm_compile.printing import tracked
+from vnm_compile.tensor import VNMTensor
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_SHOWN = 3
+
+
+def load(directory: str | Path, model: Model, *, progress: bool = True) -> Model:
+    """Load a saved model's weights into `model`, in place, and return it; compressed weights stay compressed.
+
+    Everything is checked first: every tensor of the model's state dict is in the files and fits, there are no others,
+    and compressed weights hold what the format allows. On an error the model is as it was. Weights take dtype and
+    device of those that they replace, and of the files (on the CPU) where the model is on the meta device: build it
+    there, and no dense copy is ever made.
+
+    Args:
+        directory: of the model, or one safetensors file.
+        model: a module with the names and shapes of the one that was saved, its weights dense or compressed.
+        progress: show a progress bar.
+
+    Raises:
+        VNMError: a file is missing or damaged, a compressed weight breaks the format, or files and model do not fit.
+    """
+    check_module(model)
+    with torch.inference_mode(False), torch.no_grad(), open_checkpoint(directory) as found:
+        places = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+        layers = {f"{layer.name}.weight": layer for layer in linear_layers(getattr(model, "_orig_mod", model))}
+        _check_names(Path(directory), found, places)
+        _check_plain(Path(directory), found, places)
+        _check_compressed(Path(directory), found, places, layers, shared_weights(model))
+        _fill(model, found, places, layers, progress)
+    return_freed_memory()
+    return model
+
+
+def _check_names(directory: Path, found: Checkpoint, places: dict[str, Tensor]) -> None:
+    stored = {*found.plain, *found.weights}
+    loaded = {id(places[name]) for name in stored & set(places)}
+    missing = [name for name, tensor in places.items() if name not in stored and id(tensor) not in loaded]
+    if missing:
+        raise BadFile(f"{directory} does not hold all of the model's weights: {_shown(missing)} missing.")
+    unexpected = stored - set(places)
+    if unexpected:
+        raise BadFile(f"{directory} holds weights that the model has no place for: {_shown(unexpected)}.")
+
+
+def _check_plain(directory: Path, found: Checkpoint, places: dict[str, Tensor]) -> None:
+    for name in found.plain:
+        shape = found.tensors[name][0]
+        if shape != tuple(places[name].shape):
+            raise at_layer(
+                name, f"{directory} holds {list(shape)}, the model's is {list(places[name].shape)}.", BadFile
+            )
+
+
+def _check_compressed(
+    directory: Path,
+    found: Checkpoint,
+    places: dict[str, Tensor],
+    layers: dict[str, Layer],
+    shared: dict[int, list[str]],
+) -> None:
+    for name, stored in found.weights.items():
+        layer, place = layers.get(name), places[name]
+        if layer is None:
+            here = "it is compressed in the files, and in the model no weight of a linear layer"
+            raise at_layer(name, f"{here}; decompress the model before it is saved.", UnsupportedWeight)
+        if stored.shape != tuple(place.shape) or stored.transposed != layer.transposed:
+            raise at_layer(name, f"{directory} holds {stored}, the model's weight is {list(place.shape)}.", BadFile)
+        if id(place) in shared:
+            others = ", ".join(other for other in shared[id(place)] if other != name)
+            raise at_layer(
+                name, f"it is compressed in the files, and shared with {others} in the model.", UnsupportedWeight
+            )
+        reason = why_unusable(layer, values=False)
+        if reason is not None:
+            raise at_layer(name, reason, UnsupportedWeight)
+        found.weight(name)  # its contents
+
+
+def _fill(
+    model: nn.Module, found: Checkpoint, places: dict[str, Tensor], layers: dict[str, Layer], progress: bool
+) -> None:
+
+    names = [*found.weights, *found.plain]
+    for name in tracked(names, "loading", progress):
+        place = places[name]
+        if name in found.weights:
+            layer = layers[name]
+            layer.module.weight = nn.Parameter(_copy(found.weight(name), place), requires_grad=False)
+            set_annotation(layer.module, found.weights[name].layout.spec, layer.name)
+        elif place.is_meta or isinstance(place, VNMTensor):
+            own = _copy(found.tensor(name), place)
+            _replace(model, place, nn.Parameter(own, place.requires_grad) if isinstance(place, nn.Parameter) else own)
+        else:
+            place.copy_(found.tensor(name))
+
+
+def _copy(tensor: Tensor, place: Tensor) -> Tensor:
+    """A tensor in memory of its own, as the one in whose place it comes; as it is in the file for a meta tensor."""
+    device, dtype = (tensor.device, tensor.dtype) if place.is_meta else (place.device, place.dtype)
+    return tensor.to(device=device, dtype=dtype, copy=True)
+
+
+def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Put a tensor wherever the model has another."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is old:
+                    held[name] = new  # type: ignore[assignment]
+
+
+def _shown(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more
