@@ -1,4 +1,4 @@
-"""Models written by `vnm.save` and read by `vnm.load`: equal to the bit, as small as the format, whole or not at all."""
+"""Models written by `vnm.save` and read by `vnm.load`: equal to the bit, as small as the format, all or nothing."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_names_header_and_size(tmp_path):
 def test_a_dense_reader_stops_at_a_compressed_weight(tmp_path):
     """It finds a tensor of another shape: a missing one might be left random."""
     vnm.save(compressed(), tmp_path / "model")
-    with pytest.raises(RuntimeError, match="size mismatch for 0.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
         network().load_state_dict(load_file(tmp_path / "model" / "model.safetensors"), strict=False)
 
 

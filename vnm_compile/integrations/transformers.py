@@ -105,6 +105,7 @@ class VnmQuantizer(HfQuantizer):
             raise BadFile("a compressed model is read from safetensors files, and nothing else.")
         with open_checkpoint(checkpoint_files) as found:
             weights = dict(found.weights)
+            _refuse_training_state(model, found.tensors)
         expect_arrays(model, weights)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
@@ -113,7 +114,7 @@ class VnmQuantizer(HfQuantizer):
             self._on_the_fly = None
         else:
             take_arrays(model)
-        model._weight_conversions = []
+        _settle(model)
         return_freed_memory()
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
@@ -164,9 +165,27 @@ def follow_weights(model: Any) -> None:
         model.hf_quantizer = VnmQuantizer(VnmConfig(), pre_quantized=True)
         model.config.quantization_config = model.hf_quantizer.quantization_config
         model.quantization_method = METHOD
-        model.is_quantized = True
+        _settle(model)
     elif not compressed and isinstance(quantizer, VnmQuantizer):
         quantizer.remove_quantization_config(model)
+
+
+def _settle(model: Any) -> None:
+    """Say of a model with the quantizer what sets it apart from quantised ones."""
+    model.is_quantized = False  # or it refuses `.half()`, and Trainer to evaluate it: compressed weights can do both
+    model._weight_conversions = []  # saved under the names that it has here, which the arrays are listed by
+
+
+def _refuse_training_state(model: nn.Module, stored: Iterable[str]) -> None:
+    names = set(stored)
+    for layer in linear_layers(model):
+        if {f"{layer.name}.values", f"{layer.name}.columns"} <= names:
+            raise at_layer(
+                layer.name,
+                "the files were saved while the model trained on its compressed weights; call vnm.finalize(model) "
+                "before it is saved.",
+                BadFile,
+            )
 
 
 class _Arrays(nn.Module):
@@ -175,7 +194,8 @@ class _Arrays(nn.Module):
     def __init__(self, weight: nn.Parameter, stored: StoredWeight) -> None:
         super().__init__()
         layout = stored.layout
-        self.stored, self.dtype, self.trained = stored, weight.dtype, weight.requires_grad
+        self.stored, self.dtype = stored, weight.dtype
+        self.before: list[str] = []  # the parameters that follow the weight in the layer
         for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes(weight.dtype), strict=True):
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(f"vnm_{name}", nn.Parameter(empty, requires_grad=False))
@@ -206,8 +226,10 @@ def expect_arrays(model: Any, weights: dict[str, StoredWeight]) -> None:
             raise at_layer(layer.name, reason or "it has no weight.", UnsupportedWeight)
         if tuple(weight.shape) != stored.shape or layer.transposed != stored.transposed:
             raise at_layer(layer.name, f"the files hold {stored}, config.json says {list(weight.shape)}.", BadFile)
-        del layer.module._parameters["weight"]
-        layer.module.add_module("weight", _Arrays(weight, stored))
+        arrays, parameters = _Arrays(weight, stored), layer.module._parameters
+        arrays.before = list(parameters)[list(parameters).index("weight") + 1 :]
+        del parameters["weight"]
+        layer.module.add_module("weight", arrays)
         layer.module._is_hf_initialized = True  # type: ignore[assignment]
     # The empty tensors that stop readers who do not know the format.
     ignored = {rf"(^|\.){re.escape(name)}$" for name in weights}
@@ -235,6 +257,8 @@ def take_arrays(model: nn.Module) -> None:
         parameter = nn.Parameter(weight.to(arrays.dtype), requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         layer.module.register_parameter("weight", parameter)
+        for name in arrays.before:  # optimizers and their checkpoints know parameters by their order
+            layer.module._parameters[name] = layer.module._parameters.pop(name)
         set_annotation(layer.module, arrays.stored.layout.spec, layer.name)
 
 
