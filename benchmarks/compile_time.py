@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.machine import machine
 from benchmarks.report import keep
+from vnm_compile.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {

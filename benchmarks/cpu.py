@@ -17,9 +17,9 @@ import torch
 
 from benchmarks import cpu_layers, cpu_models
 from benchmarks.contenders import OURS
-from benchmarks.machine import machine
 from benchmarks.report import Row, markdown, plot, replace_between, show
-from benchmarks.timing import Result
+from vnm_compile.comparison import Result
+from vnm_compile.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import OURS, contenders, fill_with_pattern, forget_compiled
-from benchmarks.timing import Result, compare
+from vnm_compile.comparison import Result, compare
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 

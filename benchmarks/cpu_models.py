@@ -12,7 +12,7 @@ from torch import nn
 import vnm_compile as vnm
 from benchmarks.blocks import LlamaBlock, angles
 from benchmarks.contenders import OURS, contenders, fill_with_pattern, forget_compiled
-from benchmarks.timing import Result, compare
+from vnm_compile.comparison import Result, compare
 from vnm_compile.spec import Spec
 
 SPEC = Spec(64, 2, 8)

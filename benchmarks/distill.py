@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 import vnm_compile as vnm
-from benchmarks.machine import machine
 from benchmarks.report import keep
 from vnm_compile import train
+from vnm_compile.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from vnm_compile.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 

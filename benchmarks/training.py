@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 import vnm_compile as vnm
 from benchmarks.blocks import EncoderBlock
-from benchmarks.machine import machine
 from benchmarks.report import replace_between
 from vnm_compile import train
+from vnm_compile.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

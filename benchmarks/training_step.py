@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import vnm_compile as vnm
-from benchmarks.machine import machine
 from benchmarks.report import keep
 from vnm_compile.codegen.measure import nbytes
+from vnm_compile.machine import machine
 
 BATCH, TOKENS = 16, 128
 

@@ -11,10 +11,10 @@ import textwrap
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2Model
+from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM
 
 from tests.support import make_sparse_, random_sparse
-from vnm_compile import VNMError, VNMTensor, annotate, compress, compress_model, decompress_model
+from vnm_compile import VNMError, VNMTensor, annotate, compress, compress_model, decompress_model, sparsify
 
 
 def model():
@@ -33,6 +33,21 @@ def test_eager_equals_dense_and_back():
     assert decompress_model(compressed) == ["0", "2"]
     for one, other in zip(compressed.parameters(), dense.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_was_annotated_by_name_is_compressed_too():
+    """An output head, and a layer smaller than a block: left out unless they are named, and once they were, not."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    dense = LlamaForCausalLM(config)
+    assert "lm_head" not in sparsify(dense, "16:2:8").to_dict()["layers"][0]["name"]
+    sparsify(dense, "16:2:8", include=["lm_head"])
+    small = nn.Sequential(nn.Linear(48, 8))
+    sparsify(small, "16:2:8", include=["0"])
+    assert "lm_head" in compress_model(copy.deepcopy(dense))
+    assert "lm_head" not in compress_model(copy.deepcopy(dense), exclude=["lm_head"])
+    assert compress_model(small) == ["0"]
 
 
 def test_gradients_reach_the_input_and_the_bias():

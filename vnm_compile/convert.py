@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from glob import escape
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from vnm_compile.checks import check_usable
 from vnm_compile.errors import NothingSelected
 from vnm_compile.format import check_pattern
 from vnm_compile.integrations import tell
-from vnm_compile.layers import Layer, linear_layers
+from vnm_compile.layers import Layer, linear_layers, shared_weights
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
@@ -104,6 +105,8 @@ def _patterns(
 ) -> list[tuple[Layer, Spec]]:
     """The layers to compress, and how."""
     selected = select_layers(model, spec or ANY_SIZE, include, exclude)
+    if spec is None and include is None:
+        selected += _annotated(model, {id(layer.module) for layer, _ in selected}, exclude)
     check_usable(layer for layer, _ in selected)
     chosen = []
     for layer, given in selected:
@@ -119,3 +122,16 @@ def _patterns(
         if found is not None:
             chosen.append((layer, found))
     return chosen
+
+
+def _annotated(
+    model: nn.Module, known: set[int], exclude: Iterable[Selector] | Selector | None
+) -> list[tuple[Layer, Spec]]:
+    """Annotated layers that a selection without names leaves out: the output head, layers smaller than a block."""
+    shared = shared_weights(model)
+    more = [
+        escape(layer.name)
+        for layer in linear_layers(model)
+        if annotation_of(layer.module) and id(layer.module) not in known and id(layer.stored) not in shared
+    ]
+    return select_layers(model, ANY_SIZE, more, exclude) if more else []

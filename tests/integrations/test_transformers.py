@@ -215,7 +215,7 @@ def test_tied_weights_stay_tied(tmp_path):
     assert back.lm_head.weight is back.transformer.wte.weight
     untied = pruned("llama")
     vnm.sparsify(untied, "16:2:8", include=["lm_head"])
-    vnm.compress_model(untied, include=["lm_head"])
+    vnm.compress_model(untied)
     untied.save_pretrained(tmp_path / "untied")
     assert "lm_head.weight" in compressed_in(LlamaForCausalLM.from_pretrained(tmp_path / "untied"))
     with pytest.raises(vnm.VNMError, match="tied"):

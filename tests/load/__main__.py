@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.machine import processor
 from tests.load import processes
 from tests.load.threads import serve
+from vnm_compile.machine import processor
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 START, END = "<!-- load: begin -->", "<!-- load: end -->"

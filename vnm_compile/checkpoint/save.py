@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from vnm_compile.tensor import VNMTensor
 from vnm_compile.validation import stores_otherwise
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?B)")
+SHARD_BYTES = 5 * 10**9
+"""Bytes of a file, where nobody says otherwise."""
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -29,7 +33,7 @@ def save(
     model: nn.Module,
     directory: str | Path,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -62,13 +66,19 @@ def save(
     pretrained = as_pretrained(unwrapped)
     with new_directory(out) as new:
         if pretrained is not None:
-            pretrained.save_pretrained(new, max_shard_size=limit)
+            write_pretrained(pretrained, new, limit)
         else:
             new.mkdir()
             _write(new, state, limit, progress)
-        for path in new.glob("*.safetensors"):
-            _order_header(path)
     return out
+
+
+def write_pretrained(model: Any, folder: Path, limit: int) -> None:
+    """Write a transformers model to a folder as its `save_pretrained` does, in files of at most `limit` bytes."""
+    as_pretrained(model)  # it may not know yet that weights are compressed
+    model.save_pretrained(folder, max_shard_size=limit)
+    for path in folder.glob("*.safetensors"):
+        _order_header(path)
 
 
 def _bytes(size: int | str) -> int:
@@ -119,6 +129,7 @@ def _write(folder: Path, state: Mapping[str, Tensor], limit: int, progress: bool
         listed = {key: weights[key] for key in shard if key in weights}
         header = {"format": "pt", **metadata(listed)}
         save_file(_separate({key: tensors[key] for key in shard}), folder / name, metadata=header)
+        _order_header(folder / name)
     if len(shards) > 1:
         total = sum(_size(tensor) for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": {key: name for name, shard in files for key in shard}}

@@ -6,20 +6,32 @@ import os
 import pickle
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from vnm_compile.checkpoint.directory import is_weight
 from vnm_compile.checkpoint.files import first_line, indexed, read_json
-from vnm_compile.errors import BadFile
+from vnm_compile.errors import BadFile, VNMError
+
+if TYPE_CHECKING:
+    from vnm_compile.integrations.transformers import VnmConfig
 
 NOT_COPIED = ("onnx", "openvino", ".git")  # folders that hold the dense weights once more
 _NAMES_SHOWN = 3
 
 
-def load_model(directory: Path) -> nn.Module:
+def load_model(directory: Path, compress: VnmConfig | None = None, state: dict[str, Tensor] | None = None) -> nn.Module:
     """Load the model that `config.json` names, in the dtype it is stored in and in eval mode.
+
+    Args:
+        directory: of the model. Weights that are compressed there stay so.
+        compress: how dense weights are compressed while they are loaded; None leaves them dense.
+        state: the weights by name, where they are not read from the directory.
 
     Raises:
         VNMError: there is no such directory or config, it holds links that lead out of it, transformers has no class
@@ -29,32 +41,86 @@ def load_model(directory: Path) -> nn.Module:
     kind = _model_class(directory, read_json(directory / "config.json"))
     for index in sorted(directory.glob("*.index.json")):
         indexed(index)
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file is no news to the user
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # what its table of keys says is said by us, as an error
-    try:
+    options: dict[str, Any] = {} if compress is None else {"quantization_config": compress}
+    if state is not None:
+        config = _config(directory)
+        config.__dict__.pop("quantization_config", None)
+        floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+        options |= {"config": config, "state_dict": state, "dtype": floats[0] if floats else "auto"}
+    with _loading(directory):
         model, info = kind.from_pretrained(
-            directory,
-            dtype="auto",
+            directory if state is None else None,
+            **{"dtype": "auto"} | options,
             local_files_only=True,
             trust_remote_code=False,
             weights_only=True,
             ignore_mismatched_sizes=True,  # so that they are named, below
             output_loading_info=True,
         )
-    except MemoryError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise BadFile(f"{directory}: its weights hold more than tensors, and are not unpickled.") from error
-    except Exception as error:  # anything may come of a damaged file; the class's name says what did
-        raise BadFile(f"{directory}: the model cannot be loaded: {first_line(error)}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(level)
     _check_complete(directory, info)
     loaded: nn.Module = model
     return loaded.eval()
+
+
+def random_model(path: Path, blocks: int | None) -> nn.Module:
+    """A model of random weights, in eval mode.
+
+    Args:
+        path: a config.json, or the directory of one; weights beside it are not looked at.
+        blocks: how many of its blocks there are to be; None for all.
+
+    Raises:
+        VNMError: there is no config, or transformers cannot make a model of it.
+    """
+    directory = path if path.is_dir() else path.parent
+    check_directory(directory)
+    described = read_json(path if path.is_file() else path / "config.json")
+    kind, config = _model_class(directory, described), _config(path)
+    config.__dict__.pop("quantization_config", None)
+    text = config.get_text_config()
+    if blocks is not None and not hasattr(text, "num_hidden_layers"):
+        raise BadFile(f"{path} does not say by num_hidden_layers how many blocks there are, so --blocks is of no use.")
+    if blocks is not None:
+        text.num_hidden_layers = min(blocks, text.num_hidden_layers)
+        if isinstance(getattr(text, "layer_types", None), list):
+            text.layer_types = text.layer_types[:blocks]
+    with _loading(directory):
+        made: nn.Module = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    dtype = getattr(config, "dtype", None)
+    return made.to(dtype).eval() if isinstance(dtype, torch.dtype) else made.eval()
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weights that transformers would read."""
+    return any(is_weight(path.name) for path in directory.iterdir())
+
+
+def _config(path: Path) -> Any:
+    import transformers
+
+    with _loading(path):
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    """What transformers says while it loads is said by us, as an error; anything may come of a damaged file."""
+    import transformers
+
+    import_module("vnm_compile.integrations.transformers")  # compressed models, too
+    transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file is no news to the user
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    except (MemoryError, VNMError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise BadFile(f"{directory}: its weights hold more than tensors, and are not unpickled.") from error
+    except Exception as error:
+        raise BadFile(f"{directory}: the model cannot be loaded: {first_line(error)}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
 
 
 def load_tokenizer(directory: Path) -> Any:

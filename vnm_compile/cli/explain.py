@@ -13,7 +13,7 @@ from vnm_compile.cli.directory import load_model
 
 
 def explain(
-    model_dir: Annotated[Path, typer.Argument(help="Directory of the model.")],
+    model_dir: Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say layer by layer which V:N:M pattern the weights follow, what they take and how fast they can be at best."""

@@ -42,6 +42,44 @@ def load_batches(file: Path, directory: Path, model: nn.Module, samples: int, le
     return [{name: value[part] for name, value in data.items()} for part in chosen.split(size)]
 
 
+def example_inputs(model: nn.Module, batch: int, length: int, file: Path | None = None) -> Batch:
+    """Inputs to run a model with: random ones, or the first rows of a file.
+
+    Args:
+        model: of transformers.
+        batch: sequences, or images.
+        length: tokens a sequence.
+        file: `.safetensors`, in which the tensors are named as the model's arguments.
+
+    Raises:
+        VNMError: the file cannot be read, or the model takes what cannot be made up.
+    """
+    if file is not None:
+        if not file.is_file():
+            raise BadFile(f"there is no file of inputs {file}.")
+        return {name: value[:batch] for name, value in _tensors(file).items()}
+    config: Any = model.config
+    name, generator = str(getattr(model, "main_input_name", "")), torch.Generator("cpu").manual_seed(0)
+    text = config.get_text_config()
+    if name == "input_ids":
+        length = min(length, getattr(text, "max_position_embeddings", None) or length)
+        tokens = torch.randint(0, text.vocab_size, (batch, length), generator=generator, device="cpu")
+        made = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if getattr(config, "is_encoder_decoder", False):
+            made["decoder_input_ids"] = tokens
+        return made
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch, getattr(config, "num_channels", 3), height, width)
+        dtype = next(model.parameters()).dtype
+        return {"pixel_values": torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(dtype)}
+    raise BadFile(
+        f"a {type(model).__name__} takes {name or 'inputs'} that cannot be made up; give them by --inputs "
+        "FILE.safetensors, in which the tensors are named as the model's arguments."
+    )
+
+
 def _tensors(file: Path) -> Batch:
     try:
         tensors = load_file(file)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vnm_compile.checkpoint.directory import WEIGHT_FILES, check_writable, is_weight, new_directory
+from vnm_compile.checkpoint.save import SHARD_BYTES, write_pretrained
 from vnm_compile.cli.directory import NOT_COPIED
 from vnm_compile.errors import BadFile
 
@@ -60,7 +61,7 @@ def _fill(new: Path, model: nn.Module, source: Path, reports: Mapping[str, Any])
     for path in new.rglob("*"):
         # Packages install read-only files and folders, which nobody could replace.
         path.chmod(path.stat().st_mode & 0o777 | (0o700 if path.is_dir() else _PRIVATE))
-    model.save_pretrained(new)  # type: ignore[operator]
+    write_pretrained(model, new, SHARD_BYTES)
     for name, content in reports.items():
         (new / name).unlink(missing_ok=True)
         (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

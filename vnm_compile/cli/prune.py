@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 import vnm_compile as vnm
 from vnm_compile.cli.directory import check_directory, load_model
 from vnm_compile.cli.inputs import load_batches
 from vnm_compile.cli.method import method_with_options
 from vnm_compile.cli.output import check_output, write_model
+from vnm_compile.cli.shown import JSON, echo, sizes, working
 from vnm_compile.spec import Spec
 
 REPORT = "pruning.json"
@@ -22,9 +21,9 @@ Selectors = Annotated[list[str] | None, typer.Option(help="Layer name or glob, r
 
 
 def prune(
-    model_dir: Annotated[Path, typer.Argument(help="Directory of the model.")],
-    spec: Annotated[str, typer.Option(help='Pattern, such as "64:2:8".')],
-    out: Annotated[Path, typer.Option(help="Directory to write to.")],
+    model_dir: Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL", show_default=False)],
+    spec: Annotated[str, typer.Option(help='Pattern, such as "64:2:8".', show_default=False)],
+    out: Annotated[Path, typer.Option(help="Directory to write to.", show_default=False)],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(vnm.prune.METHODS)}.")] = "magnitude",
     option: Annotated[
         list[str] | None, typer.Option(help='Of the method, such as "damping=0.02", repeatable.', metavar="NAME=VALUE")
@@ -40,24 +39,38 @@ def prune(
     samples: Annotated[int, typer.Option(help="Passages of calibration data.", min=1)] = 256,
     length: Annotated[int, typer.Option(help="Tokens a passage.", min=1)] = 128,
     batch_size: Annotated[int, typer.Option(help="Passages that run at a time.", min=1)] = 16,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write dense tensors with zeros, which any reader takes.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is in the output directory.")] = False,
+    as_json: JSON = False,
 ) -> None:
-    """Prune a model into a V:N:M pattern.
+    """Prune a model into a V:N:M pattern, and store it compressed.
 
-    The output is a directory as transformers reads it: the pruned weights as dense tensors with zeros, and everything
-    else that the model's directory holds. What was pruned stands in its pruning.json.
+    The output is a directory as transformers reads it, once vnm_compile.integrations.transformers is imported: the
+    pruned weights compressed, and everything else that the model's directory holds. What was pruned stands in its
+    pruning.json.
     """
     pattern, chosen = Spec.parse(spec), method_with_options(method, option or ())
     check_output(out, model_dir, force)
     check_directory(model_dir)
-    console = Console()
-    with console.status(escape(f"loading {model_dir}")):
+    with working(f"loading {model_dir}", as_json):
         model = load_model(model_dir)
         batches = load_batches(calibration, model_dir, model, samples, length, batch_size) if calibration else None
     report = vnm.sparsify(
-        model, pattern, chosen, include=include, exclude=exclude, calibration=batches, permute=permute
+        model,
+        pattern,
+        chosen,
+        include=include,
+        exclude=exclude,
+        calibration=batches,
+        permute=permute,
+        progress=not as_json,
     )
-    with console.status(escape(f"writing {out}")):
+    if not dense:
+        vnm.compress_model(model)
+    with working(f"writing {out}", as_json):
         write_model(model, model_dir, out, {REPORT: report.to_dict()})
-    typer.echo(str(report))
-    typer.echo(f"{len(report.layers)} layers are {pattern}; written to {out}")
+    made = {"out": str(out), **sizes(model_dir, out)}
+    text = f"{report}\n{len(report.layers)} layers are {pattern}: {made['shown']}; written to {out}"
+    echo({**report.to_dict(), **made}, as_json, text)

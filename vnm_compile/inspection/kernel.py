@@ -105,11 +105,35 @@ class Kernel:
         """The least time a launch can take on the target: its bytes at full bandwidth, or its flops at full rate."""
         if self._target is None:
             return None
-        tokens = self.schedule.tokens or 1
-        moved, flops = (float(sympy.sympify(each).subs(TOKENS, tokens)) for each in (self.bytes_moved, self.flops))
+        moved, flops = self.at_tokens(self.bytes_moved), self.at_tokens(self.flops)
         dtype = self.schedule.dtype or torch.float32
         rate = self._target.peak_flops(dtype, allows_tf32())
         return max(moved / self._target.bandwidth, flops / rate)
+
+    def at_tokens(self, of: sympy.Expr) -> float:
+        """Bytes or flops of a launch, which are said in T, for the tokens that it was generated for."""
+        return float(sympy.sympify(of).subs(TOKENS, self.schedule.tokens or 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its figures as plain data; neither source nor machine code."""
+        return {
+            "name": self.name,
+            "language": self.language,
+            "template": self.template,
+            "fused_ops": list(self.fused_ops),
+            "launches": self.launches,
+            "graph": self.graph,
+            "config": self.config,
+            "registers": self.registers,
+            "spills": self.spills,
+            "shared_bytes": self.shared_bytes,
+            "loads": self.instructions.loads if self.instructions else None,
+            "tensor_core": self.instructions.tensor_core if self.instructions else None,
+            "tokens": self.schedule.tokens,
+            "bytes": self.at_tokens(self.bytes_moved),
+            "flops": self.at_tokens(self.flops),
+            "least_seconds": self.roofline_seconds,
+        }
 
     def _per_token(self, total: int) -> sympy.Expr:
         tokens = self.schedule.tokens

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.hardware import Target
@@ -42,6 +43,16 @@ class KernelReport(Printed):
     def sparse(self) -> list[Kernel]:
         """The kernels that multiply by a V:N:M weight."""
         return [kernel for kernel in self.kernels if (kernel.template or "").startswith(("vnm_", "sparse_"))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but sources and machine code as plain data, for JSON."""
+        return {
+            "target": self.target.name if self.target else None,
+            "card": self.target.card if self.target else None,
+            "kernels": [kernel.to_dict() for kernel in self.kernels],
+            "library_calls": [asdict(call) for call in self.library_calls],
+            "explanation": self.explanation.to_dict(),
+        }
 
     def save(self, folder: str | Path) -> Path:
         """Write every kernel's source, machine code, figures and a script that runs it alone; return the folder."""

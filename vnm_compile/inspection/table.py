@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import sympy
-
 from vnm_compile.hardware import Target
-from vnm_compile.inspection.kernel import TOKENS, Kernel, LibraryCall
+from vnm_compile.inspection.kernel import Kernel, LibraryCall
 from vnm_compile.names import printable
 
 if TYPE_CHECKING:  # imported when something is printed: compiling does not need it
@@ -39,8 +37,7 @@ def library_line(calls: Iterable[LibraryCall]) -> str:
 def _row(kernel: Kernel) -> list[str | Text]:
     from rich.text import Text
 
-    tokens = kernel.schedule.tokens or 1
-    moved = float(sympy.sympify(kernel.bytes_moved).subs(TOKENS, tokens)) / 1e6
+    moved = kernel.at_tokens(kernel.bytes_moved) / 1e6
     floor = kernel.roofline_seconds
     machine = ["", "", "", "", ""]
     if kernel.code and kernel.instructions:

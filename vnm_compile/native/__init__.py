@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vnm_compile.codegen.inductor import load_cpp
-
 _SOURCE = Path(__file__).with_name("contents.cpp")
 
 
@@ -35,4 +33,6 @@ def checksum() -> Callable[[int, int, int, int], int]:
 
 @cache
 def _library() -> ctypes.CDLL:
+    from vnm_compile.codegen.inductor import load_cpp  # Inductor takes seconds to import
+
     return load_cpp(_SOURCE.read_text())

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vnm_compile.codegen.inductor import load_cpp
 from vnm_compile.layout import Layout
 
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -73,6 +72,8 @@ def _rows(matrix: Tensor) -> Tensor:
 
 @cache
 def _function(name: str):  # type: ignore[no-untyped-def]
+    from vnm_compile.codegen.inductor import load_cpp  # Inductor takes seconds to import
+
     library = load_cpp(Path(__file__).with_name("gradients.cpp").read_text())
     function = getattr(library, name)
     function.argtypes = (ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_void_p] * 5)

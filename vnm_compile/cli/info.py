@@ -1,0 +1,68 @@
+"""`vnm-compile info`: what the weight files of a directory hold, by their headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.filesize import decimal
+
+from vnm_compile.checkpoint.files import Checkpoint, open_checkpoint, weight_files
+from vnm_compile.checkpoint.flat import VERSION, array_name
+from vnm_compile.cli.shown import JSON, echo
+
+
+def info(
+    directory: Annotated[Path, typer.Argument(help="Directory of a model, or a .safetensors file.")],
+    layers: Annotated[bool, typer.Option("--layers", help="List the compressed weights.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Say what a model directory holds: patterns, sizes, files. Only headers are read; they are checked."""
+    with open_checkpoint(directory) as found:
+        report = _report(found, weight_files(directory))
+    echo(report, as_json, _text(report, layers))
+
+
+def _report(found: Checkpoint, files: list[Path]) -> dict[str, Any]:
+    weights = []
+    for name, stored in found.weights.items():
+        dtype = found.tensors[array_name(name, stored.layout.names[0])][1]
+        kind: torch.dtype = getattr(torch, dtype)
+        dense = stored.layout.out_features * stored.layout.in_features * kind.itemsize
+        weights.append(
+            {
+                "name": name,
+                "spec": str(stored.layout.spec),
+                "shape": list(stored.shape),
+                "dtype": dtype,
+                "bytes": stored.layout.nbytes(kind),
+                "dense_bytes": dense,
+            }
+        )
+    return {
+        "format_version": VERSION if weights else None,
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in files],
+        "compressed": weights,
+        "other_tensors": len(found.plain),
+    }
+
+
+def _text(report: dict[str, Any], layers: bool) -> str:
+    weights, on_disk = report["compressed"], sum(file["bytes"] for file in report["files"])
+    files = f"{len(report['files'])} file{'s' * (len(report['files']) > 1)}, {decimal(on_disk)}"
+    if not weights:
+        return f"{files}; no compressed weights, {report['other_tensors']} tensors."
+    stored, dense = (sum(each[key] for each in weights) for key in ("bytes", "dense_bytes"))
+    patterns = Counter((each["spec"], each["dtype"]) for each in weights)
+    lines = [f"{files}; format version {report['format_version']}."]
+    lines += [f"{count} weights are {spec} of {dtype}" for (spec, dtype), count in patterns.most_common()]
+    lines.append(f"They take {decimal(stored)}, {decimal(dense)} dense; {report['other_tensors']} other tensors.")
+    if layers:
+        lines += [
+            f"  {each['name']}  {each['shape'][0]} x {each['shape'][1]}  {each['spec']}  {decimal(each['bytes'])}"
+            for each in weights
+        ]
+    return "\n".join(lines)

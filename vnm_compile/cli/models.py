@@ -1,0 +1,69 @@
+"""Which model a command is about: one with weights, or a config alone, which is filled with random ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import nn
+
+import vnm_compile as vnm
+from vnm_compile.cli.directory import has_weights, load_model, random_model
+from vnm_compile.cli.shown import working
+from vnm_compile.errors import BadFile, BadOption
+from vnm_compile.layers import linear_layers
+from vnm_compile.weights import detected_spec
+
+ModelOrConfig = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory of a model, or a config.json alone: random weights then.", metavar="MODEL", show_default=False
+    ),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(help='Pattern to prune dense weights to first, such as "64:2:8"; 64:2:8 for a config alone.'),
+]
+Blocks = Annotated[int | None, typer.Option(help="Of a config alone: how many blocks to make.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Sequences, or images.", min=1)]
+Length = Annotated[int, typer.Option(help="Tokens a sequence.", min=1)]
+Inputs = Annotated[
+    Path | None, typer.Option(help="A .safetensors file of model inputs; random ones if not given.", show_default=False)
+]
+
+_USUAL = "64:2:8"
+
+
+def sparse_model(path: Path, spec: str | None, blocks: int | None, as_json: bool) -> nn.Module:
+    """The model that a command measures, with V:N:M weights.
+
+    Args:
+        path: directory of a model, or a config alone.
+        spec: pattern that dense weights are pruned to in memory; what is measured is their speed.
+        blocks: of a config alone, how many.
+        as_json: nothing is shown meanwhile.
+
+    Raises:
+        VNMError: there is neither, or no weight follows a pattern and none was given.
+    """
+    if not path.exists():
+        raise BadFile(f"there is no {path}; give the directory of a model, or a config.json.")
+    alone = path.is_file() or not has_weights(path)
+    with working(f"loading {path}", as_json):
+        if blocks is not None and not alone:
+            raise BadOption("--blocks is for a config alone; this directory has weights.")
+        model = random_model(path, blocks) if alone else load_model(path)
+    if alone or spec is not None:
+        if any(isinstance(layer.stored, vnm.VNMTensor) for layer in linear_layers(model)):
+            raise BadOption(f"--spec: the weights of {path} are compressed already, in patterns of their own.")
+        vnm.sparsify(model, spec or _USUAL, progress=not as_json)
+    elif not any(_follows(layer.stored, layer.transposed) for layer in linear_layers(model)):
+        raise BadOption(f'no weight of {path} follows a V:N:M pattern; give --spec, such as "{_USUAL}", to try one.')
+    return model
+
+
+def _follows(weight: nn.Parameter | None, transposed: bool) -> bool:
+    if weight is None:
+        return False
+    return isinstance(weight, vnm.VNMTensor) or detected_spec(weight, transposed) is not None
