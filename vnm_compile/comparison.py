@@ -110,7 +110,8 @@ def compare_model(
     """
     dense = copy.deepcopy(model)
     decompress_model(dense)
-    ours: Any = torch.compile(model, backend="vnm", options={"vnm.policy": policy})
+    options: dict[str, Any] = {"vnm.policy": policy}
+    ours: Any = torch.compile(model, backend="vnm", options=options)
     contenders: dict[str, Callable[..., Any]] = {"eager": dense, DENSE: torch.compile(dense), OURS: ours}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
@@ -127,7 +128,7 @@ def compare_model(
     with torch.no_grad():
         difference = _difference(calls[OURS](), calls[DENSE]())
         result = compare(calls, OURS, seconds)
-        explanation = explain(ours, **inputs)
+        explanation = explain(model, options=options, **inputs)
     return Comparison(result, difference, _name(device), torch.get_num_threads(), explanation)
 
 

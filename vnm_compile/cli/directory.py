@@ -47,6 +47,9 @@ def load_model(directory: Path, compress: VnmConfig | None = None, state: dict[s
         config.__dict__.pop("quantization_config", None)
         floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
         options |= {"config": config, "state_dict": state, "dtype": floats[0] if floats else "auto"}
+        if hasattr(kind, "from_config"):  # an Auto class, which reads a directory to choose
+            with _loading(directory), torch.device("meta"):
+                kind = type(kind.from_config(config))
     with _loading(directory):
         model, info = kind.from_pretrained(
             directory if state is None else None,

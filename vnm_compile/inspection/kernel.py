@@ -115,25 +115,29 @@ class Kernel:
         return float(sympy.sympify(of).subs(TOKENS, self.schedule.tokens or 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Its figures as plain data; neither source nor machine code."""
-        return {
+        """Its figures as JSON takes them: expressions in T, the tokens, as text, `bytes` for those it was made for."""
+        result: dict[str, Any] = {
             "name": self.name,
             "language": self.language,
             "template": self.template,
             "fused_ops": list(self.fused_ops),
             "launches": self.launches,
             "graph": self.graph,
-            "config": self.config,
+            "config": {key: str(value) for key, value in self.config.items()},
+            "bytes_moved": str(sympy.sympify(self.bytes_moved)),
+            "flops": str(sympy.sympify(self.flops)),
+            "tokens": self.schedule.tokens,
+            "bytes": round(self.at_tokens(self.bytes_moved)),
+            "roofline_seconds": self.roofline_seconds,
             "registers": self.registers,
             "spills": self.spills,
             "shared_bytes": self.shared_bytes,
-            "loads": self.instructions.loads if self.instructions else None,
-            "tensor_core": self.instructions.tensor_core if self.instructions else None,
-            "tokens": self.schedule.tokens,
-            "bytes": self.at_tokens(self.bytes_moved),
-            "flops": self.at_tokens(self.flops),
-            "least_seconds": self.roofline_seconds,
         }
+        for part, counted in (("instructions", self.instructions), ("hot_loop", self.loop)):
+            if counted is not None:
+                result[part] = {"total": counted.total, "tensor_core": counted.tensor_core, "loads": counted.loads}
+                result[part]["names"] = counted.names
+        return result
 
     def _per_token(self, total: int) -> sympy.Expr:
         tokens = self.schedule.tokens

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import sympy
 
 from vnm_compile.filenames import file_name
 from vnm_compile.hardware import Target
@@ -38,7 +35,7 @@ def save_kernels(
 
 def _save_kernel(kernel: Kernel, folder: Path, target: Target | None) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / "figures.json").write_text(json.dumps(figures(kernel), indent=2))
+    (folder / "figures.json").write_text(json.dumps(kernel.to_dict(), indent=2))
     if kernel.language == "cpp":
         (folder / "source.cpp").write_text(kernel.source)
         return
@@ -53,26 +50,3 @@ def _save_kernel(kernel: Kernel, folder: Path, target: Target | None) -> None:
         script = _SCRIPT.read_text().replace("KERNEL_NAME", kernel.name)
         script = script.replace("GRAPH_NAME", f"graph_{kernel.graph}.py").replace("TARGET_NAME", target.name)
         (folder / "reproduce.py").write_text(script)
-
-
-def figures(kernel: Kernel) -> dict[str, Any]:
-    """What is known of a kernel, as JSON takes it; expressions in T, the tokens, as text."""
-    result: dict[str, Any] = {
-        "name": kernel.name,
-        "template": kernel.template,
-        "fused_ops": kernel.fused_ops,
-        "launches": kernel.launches,
-        "config": {key: str(value) for key, value in kernel.config.items()},
-        "bytes_moved": str(sympy.sympify(kernel.bytes_moved)),
-        "flops": str(sympy.sympify(kernel.flops)),
-        "tokens": kernel.schedule.tokens,
-        "roofline_seconds": kernel.roofline_seconds,
-        "registers": kernel.registers,
-        "spills": kernel.spills,
-        "shared_bytes": kernel.shared_bytes,
-    }
-    for part, counted in (("instructions", kernel.instructions), ("hot_loop", kernel.loop)):
-        if counted is not None:
-            result[part] = {"total": counted.total, "tensor_core": counted.tensor_core, "loads": counted.loads}
-            result[part]["names"] = counted.names
-    return result
