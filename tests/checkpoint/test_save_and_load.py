@@ -83,6 +83,16 @@ def test_a_dense_reader_stops_at_a_compressed_weight(tmp_path):
         network().load_state_dict(load_file(tmp_path / "model" / "model.safetensors"), strict=False)
 
 
+def test_buffers_that_no_file_holds(tmp_path):
+    """On the meta device they would stay there, and the model fail at its first call."""
+    model = network()
+    model[0].register_buffer("scale", torch.ones(3), persistent=False)
+    vnm.save(model, tmp_path / "model")
+    with pytest.raises(vnm.VNMError, match=r"0\.scale: a buffer that no file holds, on the meta device"):
+        vnm.load(tmp_path / "model", copy.deepcopy(model).to("meta"))
+    vnm.load(tmp_path / "model", model)
+
+
 def test_many_columns_take_two_bytes(tmp_path):
     model = nn.Sequential(nn.Linear(700, 32))
     model[0].weight.data = random_sparse(32, 700, "16:2:300")

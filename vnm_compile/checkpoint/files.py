@@ -71,13 +71,14 @@ class Checkpoint:
         return self._holder[name].get_tensor(name)
 
     def weight(self, name: str) -> VNMTensor:
-        """A compressed weight, its contents checked; its memory may be that of the file.
+        """A compressed weight in memory of its own, its contents checked.
 
         Raises:
             VNMError: its arrays hold what the format does not allow.
         """
         stored = self.weights[name]
-        arrays = [self.tensor(array_name(name, array)) for array in stored.layout.names]
+        # Copied first: what is checked must not change with the file.
+        arrays = [self.tensor(array_name(name, array)).clone() for array in stored.layout.names]
         try:
             return VNMTensor._owning(Packed(*arrays), stored.layout, stored.transposed)
         except VNMError as error:

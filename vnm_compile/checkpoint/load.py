@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vnm_compile.annotate import set_annotation
 from vnm_compile.checkpoint.files import Checkpoint, open_checkpoint
 from vnm_compile.checks import why_unusable
-from vnm_compile.errors import BadFile, UnsupportedWeight, at_layer
+from vnm_compile.errors import BadFile, BadModel, UnsupportedWeight, at_layer
 from vnm_compile.layers import Layer, check_module, linear_layers, plain_name, shared_weights
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.printing import tracked
@@ -43,12 +43,25 @@ def load(directory: str | Path, model: Model, *, progress: bool = True) -> Model
     with torch.inference_mode(False), torch.no_grad(), open_checkpoint(directory) as found:
         places = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
         layers = {f"{layer.name}.weight": layer for layer in linear_layers(getattr(model, "_orig_mod", model))}
+        _check_buffers(model)
         _check_names(Path(directory), found, places)
         _check_plain(Path(directory), found, places)
         _check_compressed(Path(directory), found, places, layers, shared_weights(model))
-        _fill(model, found, places, layers, progress)
+        weights = {name: found.weight(name) for name in tracked(list(found.weights), "loading", progress)}
+        _fill(model, found, weights, places, layers)
     return_freed_memory()
     return model
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """Buffers that are part of no state dict come from the constructor, which makes none on the meta device."""
+    saved = set(model.state_dict())
+    missing = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
+    if missing:
+        raise BadModel(
+            f"{_shown(missing)}: a buffer that no file holds, on the meta device. Make the weights alone there "
+            "(accelerate's init_empty_weights does), or set it before."
+        )
 
 
 def _check_names(directory: Path, found: Checkpoint, places: dict[str, Tensor]) -> None:
@@ -93,31 +106,31 @@ def _check_compressed(
         reason = why_unusable(layer, values=False)
         if reason is not None:
             raise at_layer(name, reason, UnsupportedWeight)
-        found.weight(name)  # its contents
 
 
 def _fill(
-    model: nn.Module, found: Checkpoint, places: dict[str, Tensor], layers: dict[str, Layer], progress: bool
+    model: nn.Module,
+    found: Checkpoint,
+    weights: dict[str, VNMTensor],
+    places: dict[str, Tensor],
+    layers: dict[str, Layer],
 ) -> None:
-
-    names = [*found.weights, *found.plain]
-    for name in tracked(names, "loading", progress):
+    for name in list(weights):
+        weight, layer = weights.pop(name), layers[name]
+        layer.module.weight = nn.Parameter(_like(weight, places[name]), requires_grad=False)
+        set_annotation(layer.module, weight.spec, layer.name)
+    for name in found.plain:
         place = places[name]
-        if name in found.weights:
-            layer = layers[name]
-            layer.module.weight = nn.Parameter(_copy(found.weight(name), place), requires_grad=False)
-            set_annotation(layer.module, found.weights[name].layout.spec, layer.name)
-        elif place.is_meta or isinstance(place, VNMTensor):
-            own = _copy(found.tensor(name), place)
+        if place.is_meta or isinstance(place, VNMTensor):
+            own = _like(found.tensor(name).clone(), place)
             _replace(model, place, nn.Parameter(own, place.requires_grad) if isinstance(place, nn.Parameter) else own)
         else:
             place.copy_(found.tensor(name))
 
 
-def _copy(tensor: Tensor, place: Tensor) -> Tensor:
-    """A tensor in memory of its own, as the one in whose place it comes; as it is in the file for a meta tensor."""
-    device, dtype = (tensor.device, tensor.dtype) if place.is_meta else (place.device, place.dtype)
-    return tensor.to(device=device, dtype=dtype, copy=True)
+def _like(tensor: Tensor, place: Tensor) -> Tensor:
+    """A tensor as the one in whose place it comes; as it is in the file for a meta tensor."""
+    return tensor if place.is_meta else tensor.to(device=place.device, dtype=place.dtype)
 
 
 def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:

@@ -28,14 +28,14 @@ from vnm_compile.checkpoint.flat import VERSION, StoredWeight, flatten, metadata
 from vnm_compile.checks import check_usable, why_unusable
 from vnm_compile.convert import decompress_model
 from vnm_compile.errors import BadFile, BadOption, UnsupportedWeight, VNMError, at_layer
-from vnm_compile.format import Packed
+from vnm_compile.format import Packed, detect
 from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
-from vnm_compile.weights import detected_spec
 
 METHOD = "vnm"
+
 _HOW = "import vnm_compile.integrations.transformers, then from_pretrained"
 
 
@@ -202,8 +202,10 @@ class _Arrays(nn.Module):
         self._is_hf_initialized = True
 
     def packed(self) -> Packed:
-        """The arrays, in order."""
-        return Packed(*(getattr(self, f"vnm_{name}").detach() for name in self.stored.layout.names))
+        """The arrays, in order. Those that kernels take offsets from are copied: as they were read, they may be the
+        file's memory, and would change with it after they were checked."""
+        values, *structure = (getattr(self, f"vnm_{name}").detach() for name in self.stored.layout.names)
+        return Packed(values, *(array.clone() for array in structure))
 
 
 def expect_arrays(model: Any, weights: dict[str, StoredWeight]) -> None:
@@ -287,11 +289,12 @@ class _OnTheFly(ConversionOps):
         layer = self._layers[full_layer_name]
         dense = weight.t() if layer.transposed else weight
         try:
-            spec = self._spec or detected_spec(weight, layer.transposed)
+            spec = self._spec or detect(dense)
             compressed = None if spec is None else compress(dense, spec, layer.name)
         except VNMError as error:  # transformers would only log it
             self._error = self._error or error
             compressed = None
+        return_freed_memory()  # what packing needed meanwhile would pile up otherwise
         if compressed is None:
             return {full_layer_name: weight}
         stored = compressed.t() if layer.transposed else compressed
