@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from vnm_compile.convert import decompress_model
 from vnm_compile.explanation import explain
@@ -143,5 +142,9 @@ def _difference(ours: Any, dense: Any) -> float:
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    values = tree_flatten(outputs)[0] if not hasattr(outputs, "to_tuple") else tree_flatten(outputs.to_tuple())[0]
-    return [each.double() for each in values if isinstance(each, Tensor) and each.is_floating_point() and each.numel()]
+    """The floating-point tensors in what a model returns, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs.double()] if outputs.is_floating_point() and outputs.numel() else []
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    return [each for part in outputs for each in _floats(part)] if isinstance(outputs, list | tuple) else []

@@ -112,6 +112,24 @@ def test_dense_with_zeros_compresses_on_load(tmp_path, kind):
     assert torch.equal(again(**inputs(kind)).logits, model(**inputs(kind)).logits)
 
 
+def test_from_the_cache_of_the_hub(tmp_path):
+    """By an id, as what `hf download` leaves: links into a folder of blobs."""
+    model = pruned("bert")
+    vnm.compress_model(model)
+    vnm.save(model, tmp_path / "saved", max_shard_size=50_000)
+    repository = tmp_path / "models--somebody--sparse-bert"
+    for folder in ("blobs", "refs", "snapshots/0123"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123")
+    for i, path in enumerate((tmp_path / "saved").iterdir()):
+        (repository / "blobs" / str(i)).write_bytes(path.read_bytes())
+        (repository / "snapshots" / "0123" / path.name).symlink_to(f"../../blobs/{i}")
+    back = BertForMaskedLM.from_pretrained("somebody/sparse-bert", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(back(**inputs("bert")).logits, model(**inputs("bert")).logits)
+    plain = vnm.load(repository / "snapshots" / "0123", make("bert"))
+    assert torch.equal(plain(**inputs("bert")).logits, model(**inputs("bert")).logits)
+
+
 def test_which_layers_compress_on_load(tmp_path):
     model = pruned("bert")
     model.save_pretrained(tmp_path)
