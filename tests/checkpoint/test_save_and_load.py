@@ -83,6 +83,19 @@ def test_a_dense_reader_stops_at_a_compressed_weight(tmp_path):
         network().load_state_dict(load_file(tmp_path / "model" / "model.safetensors"), strict=False)
 
 
+def test_integers_are_not_made_of_floats(tmp_path):
+    """As copying would, without a word."""
+    vnm.save(network(), tmp_path / "model")
+    model = network()
+    model[2].num_batches_tracked = torch.tensor(1.5)
+    with pytest.raises(vnm.VNMError, match=r"2\.num_batches_tracked: .* holds I64, the model's is torch.float32"):
+        vnm.load(tmp_path / "model", model)
+    model = network()
+    model[0].bias = nn.Parameter(torch.zeros(70, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(vnm.VNMError, match=r"0\.bias: .* holds float32, the model's is torch.int64"):
+        vnm.load(tmp_path / "model", model)
+
+
 def test_buffers_that_no_file_holds(tmp_path):
     """On the meta device they would stay there, and the model fail at its first call."""
     model = network()

@@ -28,6 +28,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -175,6 +177,45 @@ def test_dtypes(tmp_path, dtype):
     assert {parameter.dtype for parameter in back.parameters()} == {torch.float32 if dtype == "auto" else dtype}
     expected = model.model.layers[0].mlp.up_proj.weight.to_dense().to(back.dtype)
     assert torch.equal(back.model.layers[0].mlp.up_proj.weight.to_dense(), expected)
+
+
+def test_layers_that_stay_in_single_precision(tmp_path):
+    """T5 keeps one of its linears in fp32, whatever dtype is asked for."""
+    config = T5Config(vocab_size=100, d_model=64, d_ff=160, d_kv=16, num_layers=1, num_heads=4)
+    model = T5ForConditionalGeneration(config).eval()
+    vnm.sparsify(model, "16:2:8")
+    model.save_pretrained(tmp_path / "dense")
+    vnm.compress_model(model)
+    model.save_pretrained(tmp_path / "compressed")
+    load = T5ForConditionalGeneration.from_pretrained
+    dense = load(tmp_path / "dense", dtype=torch.float16)
+    back = load(tmp_path / "compressed", dtype=torch.float16)
+    dtypes = {name: parameter.dtype for name, parameter in dense.named_parameters()}
+    assert torch.float32 in dtypes.values()
+    assert {name: parameter.dtype for name, parameter in back.named_parameters()} == dtypes
+    fly = load(tmp_path / "dense", dtype=torch.float16, quantization_config=VnmConfig())
+    assert {name: parameter.dtype for name, parameter in fly.named_parameters()} == dtypes
+
+
+def test_saving_over_the_directory_that_it_was_loaded_from(tmp_path):
+    """Weights that were read may be the file's memory."""
+    model = pruned("llama")
+    vnm.compress_model(model)
+    model.save_pretrained(tmp_path / "model")
+    code = """
+import sys, torch, vnm_compile as vnm, vnm_compile.integrations.transformers
+from transformers import AutoModelForCausalLM
+for save in (lambda m: m.save_pretrained(sys.argv[1]), lambda m: vnm.save(m, sys.argv[1], overwrite=True)):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    save(model)
+    logits = model(torch.arange(12).view(2, 6)).logits
+    again = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    assert torch.equal(again(torch.arange(12).view(2, 6)).logits, logits)
+"""
+    done = run(code, tmp_path / "model")
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "model")(tokens).logits, model(tokens).logits)
 
 
 def test_device_maps(tmp_path):

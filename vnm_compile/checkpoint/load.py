@@ -20,6 +20,7 @@ from vnm_compile.tensor import VNMTensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _SHOWN = 3
 
 
@@ -77,7 +78,9 @@ def _check_names(directory: Path, found: Checkpoint, places: dict[str, Tensor]) 
 
 def _check_plain(directory: Path, found: Checkpoint, places: dict[str, Tensor]) -> None:
     for name in found.plain:
-        shape = found.tensors[name][0]
+        shape, kind = found.tensors[name]
+        if places[name].is_floating_point() != (kind in _FLOATS):
+            raise at_layer(name, f"{directory} holds {kind}, the model's is {places[name].dtype}.", BadFile)
         if shape != tuple(places[name].shape):
             raise at_layer(
                 name, f"{directory} holds {list(shape)}, the model's is {list(places[name].shape)}.", BadFile

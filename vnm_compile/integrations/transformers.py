@@ -194,7 +194,7 @@ class _Arrays(nn.Module):
     def __init__(self, weight: nn.Parameter, stored: StoredWeight) -> None:
         super().__init__()
         layout = stored.layout
-        self.stored, self.dtype = stored, weight.dtype
+        self.stored = stored
         self.before: list[str] = []  # the parameters that follow the weight in the layer
         for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes(weight.dtype), strict=True):
             empty = torch.empty(shape, dtype=dtype, device="meta")
@@ -256,7 +256,7 @@ def take_arrays(model: nn.Module) -> None:
         except VNMError as error:
             raise at_layer(layer.name, str(error), BadFile) from error
         del layer.module._modules["weight"]
-        parameter = nn.Parameter(weight.to(arrays.dtype), requires_grad=False)
+        parameter = nn.Parameter(weight, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         layer.module.register_parameter("weight", parameter)
         for name in arrays.before:  # optimizers and their checkpoints know parameters by their order

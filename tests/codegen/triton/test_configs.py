@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vnm_compile.codegen.triton.configs import Config, Shape, configurations, seconds, vector_configurations
-from vnm_compile.hardware import find_target
+from vnm_compile.hardware import TARGETS, find_target
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
@@ -38,6 +38,18 @@ def on_tensor_cores() -> dict[tuple[Any, ...], list[dict[str, Any]]]:
 def test_everything_timed_was_right():
     assert len(TIMED) > 400
     assert all(row["error"] < 2**-8 for row in TIMED)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_problem_has_a_configuration(target):
+    """Where the rules of thumb leave none, the smallest that run: the reference unpacks the weight on every call."""
+    for spec in ("16:2:8", "64:2:8", "128:2:32", "16:1:16", "64:1:16"):
+        for dtype, tokens, gated in product((torch.bfloat16, torch.float32), (1, 16, 256, 4096), (False, True)):
+            for groups in (1, 2, 8, 12, 16, 24, 32, 48, 80, 512):
+                problem = Shape(tokens, 1024, groups, Spec.parse(spec), dtype, gated)
+                found = configurations(problem, find_target(target))
+                assert found, problem
+                assert len({config.splits for config in found}) == 1
 
 
 def test_estimates_are_near_what_was_timed():

@@ -18,6 +18,7 @@ def triton_tem_fused_add_linear_0(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS, 
     METADATA_STRIDE : tl.constexpr = 64
     METADATA_WIDTH : tl.constexpr = 64
     EVEN_G : tl.constexpr = True
+    EMPTY_ROUND : tl.constexpr = False
     TAIL : tl.constexpr = False
     WORDS : tl.constexpr = tl.int32
     DTYPE : tl.constexpr = tl.bfloat16

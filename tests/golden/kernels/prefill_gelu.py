@@ -18,6 +18,7 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     METADATA_STRIDE : tl.constexpr = 8
     METADATA_WIDTH : tl.constexpr = 8
     EVEN_G : tl.constexpr = True
+    EMPTY_ROUND : tl.constexpr = False
     TAIL : tl.constexpr = False
     WORDS : tl.constexpr = tl.int32
     DTYPE : tl.constexpr = tl.bfloat16

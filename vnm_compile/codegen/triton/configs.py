@@ -28,6 +28,9 @@ _REGISTERS_OF_WARP_GROUPS = 216
 backend and threads of a warp: AMD's RDNA has 32. Where four warps multiply together, the activations stay in shared
 memory, and the compiler needs fewer than the estimate says."""
 
+_LAST_RESORTS = 4
+"""Configurations that are left where none fits."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -84,10 +87,21 @@ class Config:
 
 def configurations(shape: Shape, target: Target) -> list[Config]:
     """The configurations that suit a problem, best first; all cut K into as many parts."""
-    fitting = [config for config in _candidates(shape, target) if _fits(config, shape, target)]
+    candidates = list(_candidates(shape, target))
+    fitting = [config for config in candidates if _fits(config, shape, target)]
+    fitting = fitting or _smallest([config for config in candidates if _runs(config, shape, target)], shape)
     # Where memory is what all of them wait for, small tiles keep more of it on its way.
     ranked = sorted(fitting, key=lambda each: (seconds(each, shape, target), each.block_o, each.block_g))
     return [config for config in ranked if config.splits == ranked[0].splits]
+
+
+def _smallest(runnable: list[Config], shape: Shape) -> list[Config]:
+    """Those that ask a thread for the fewest registers: what is left where the rules of thumb leave none.
+
+    They may spill, or copy metadata by less than four bytes; unpacking the weight on every call would take far longer.
+    """
+    ordered = sorted(runnable, key=lambda each: (each.splits, each.registers(shape), each.stages))
+    return ordered[:_LAST_RESORTS]
 
 
 def vector_configurations(shape: Shape) -> list[Config]:
@@ -150,6 +164,17 @@ def _candidates(shape: Shape, target: Target) -> Iterator[Config]:
                             yield Config(block_o, block_t, block_g, warps, stages, each)
 
 
+def _runs(config: Config, shape: Shape, target: Target) -> bool:
+    """Whether the device can run a configuration at all."""
+    threads = target.warp_size * config.warps
+    return (
+        config.block_o <= largest_block(shape.spec)
+        and config.block_t <= 2 * max(16, shape.tokens)
+        and config.block_o * config.block_g * shape.spec.n // 4 >= threads
+        and config.shared_bytes(shape) <= target.shared_bytes
+    )
+
+
 def _fits(config: Config, shape: Shape, target: Target) -> bool:
     # A warp takes 16 rows, or, where there are more warps than such, all rows of a part of the tokens. What is in a
     # thread then must leave registers for addresses and an epilogue: more than this was seen to spill.
@@ -179,8 +204,13 @@ def _most_registers(config: Config, target: Target) -> int:
 
 def _loops(config: Config, shape: Shape) -> bool:
     """Whether the loop over groups has two rounds, as a single one is unrolled into code that spills; two-byte values
-    get by with one of the smallest."""
-    return config.block_g < -(-shape.groups // config.splits) or (shape.dtype.itemsize == 2 and config.block_g == 16)
+    get by with one of the smallest, and four-byte ones are given an empty second one."""
+    return config.block_g < -(-shape.groups // config.splits) or config.block_g == 16
+
+
+def has_empty_round(config: Config, shape: Shape) -> bool:
+    """Whether the loop over groups would have a single round of four-byte values, and gets a second one with none."""
+    return shape.dtype.itemsize == 4 and config.splits == 1 and shape.groups <= config.block_g
 
 
 def _by_warp_groups(target: Target) -> bool:

@@ -36,6 +36,7 @@ from vnm_compile.codegen.triton.configs import (
     Config,
     Shape,
     configurations,
+    has_empty_round,
     largest_block,
     two_passes,
     vector_configurations,
@@ -203,6 +204,7 @@ class _Sparse:
         half = self.dtype.itemsize == 2
         split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
         word = {1: "tl.int16", 2: "tl.int32"}[spec.n] if half else None
+        empty_round = has_empty_round(config, self._shape(gated=False))
         return {
             "V": spec.v,
             "N": spec.n,
@@ -221,7 +223,8 @@ class _Sparse:
             "VALUES_WIDTH": _readable(self.arrays[0]) // (spec.n if word else 1),
             "METADATA_STRIDE": int(self.arrays[1].get_stride()[0]) // spec.n,
             "METADATA_WIDTH": _readable(self.arrays[1]) // spec.n,
-            "EVEN_G": groups % config.block_g == 0,
+            "EVEN_G": groups % config.block_g == 0 and not empty_round,
+            "EMPTY_ROUND": empty_round,
             "TAIL": self.layout.tail != 0,
             "WORDS": word,
             "DTYPE": {2: "tl.bfloat16" if self.dtype == torch.bfloat16 else "tl.float16", 4: "tl.float32"}[
