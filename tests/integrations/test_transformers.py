@@ -397,6 +397,42 @@ def test_trainer_evaluates_and_saves(llama, data, tmp_path):
     assert len(compressed_in(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))) == 14
 
 
+def test_files_load_into_a_compressed_model(llama, tmp_path):
+    """By load_state_dict, which is how a Trainer goes on; a model that is dense says that sizes do not fit."""
+    model, expected = pruned("llama"), AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(3)
+    state = load_file(llama / "model.safetensors")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(state, strict=False)
+    vnm.compress_model(model)
+    for each in (model, copy.deepcopy(model)):
+        each.load_state_dict(state)
+        assert torch.equal(each(**inputs("llama")).logits, expected(**inputs("llama")).logits)
+    state["model.layers.0.mlp.up_proj.weight.vnm_columns"].fill_(9)
+    with pytest.raises(vnm.VNMError, match="column offset"):
+        model.load_state_dict(state)
+
+
+def test_a_trainer_goes_on(llama, data, tmp_path):
+    """What is not compressed trains; saved and taken up again, it is as if it had never stopped."""
+    results = []
+    for folder, steps in (("whole", (4,)), ("parts", (2, 4))):
+        for most in steps:
+            model = AutoModelForCausalLM.from_pretrained(llama)
+            given = arguments(
+                tmp_path / folder, max_steps=most, save_steps=2, per_device_train_batch_size=4,
+                lr_scheduler_type="constant", seed=3,
+            )  # fmt: skip
+            trainer = Trainer(model, given, train_dataset=data)
+            trainer.train(resume_from_checkpoint=most != steps[0])
+        results.append(model)
+    assert len(compressed_in(results[0])) == 14
+    for one, other in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        assert torch.equal(torch.tensor(one.detach().tolist()), torch.tensor(other.detach().tolist()))
+
+
 def test_adapters_train_on_top(llama, data, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vnm_compile.annotate import ANY_SIZE, select_layers, set_annotation
 from vnm_compile.checkpoint.files import open_checkpoint
-from vnm_compile.checkpoint.flat import VERSION, StoredWeight, flatten, metadata
+from vnm_compile.checkpoint.flat import VERSION, StoredWeight, array_name, flatten, metadata
 from vnm_compile.checks import check_usable, why_unusable
 from vnm_compile.convert import decompress_model
 from vnm_compile.errors import BadFile, BadOption, UnsupportedWeight, VNMError, at_layer
@@ -174,6 +174,26 @@ def _settle(model: Any) -> None:
     """Say of a model with the quantizer what sets it apart from quantised ones."""
     model.is_quantized = False  # or it refuses `.half()`, and Trainer to evaluate it: compressed weights can do both
     model._weight_conversions = []  # saved under the names that it has here, which the arrays are listed by
+    if not getattr(model, "_takes_arrays", False):
+        model.register_load_state_dict_pre_hook(_gather_arrays)
+        model._takes_arrays = True
+
+
+def _gather_arrays(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Make weights of the arrays in a state dict that was read from files, as a Trainer does that goes on.
+
+    Raises:
+        VNMError: they are not those of the weight in their place.
+    """
+    for layer in linear_layers(model):
+        weight: object = layer.stored
+        name = f"{prefix}{layer.name}.weight"
+        if not isinstance(weight, VNMTensor) or isinstance(state.get(name), VNMTensor):
+            continue
+        names = [array_name(name, array) for array in weight.layout_of_arrays.names]
+        if all(each in state for each in names):
+            arrays = Packed(*(state.pop(each).clone() for each in names))
+            state[name] = VNMTensor._owning(arrays, weight.layout_of_arrays, weight._transposed)
 
 
 def _refuse_training_state(model: nn.Module, stored: Iterable[str]) -> None:
