@@ -56,6 +56,7 @@ def prune(
     check_directory(model_dir)
     with working(f"loading {model_dir}", as_json):
         model = load_model(model_dir)
+        vnm.decompress_model(model)  # what was pruned before may be pruned further
         batches = load_batches(calibration, model_dir, model, samples, length, batch_size) if calibration else None
     report = vnm.sparsify(
         model,
