@@ -100,7 +100,18 @@ def test_prune_llama_by_the_module(tmp_path, llama, text):
 
 def test_permute_keeps_what_the_model_computes_but_for_what_is_pruned(tmp_path, llama, text):
     out = tmp_path / "sparse"
-    arguments = ["--spec", "16:2:8", "--permute", "--include", "*.mlp.gate_proj", "--samples", 4, "--length", 16]
+    arguments = [
+        "--spec",
+        "16:2:8",
+        "--permute",
+        "--include",
+        "*.mlp.gate_proj",
+        "--samples",
+        4,
+        "--length",
+        16,
+        "--dense",
+    ]
     shown = run("prune", llama, *arguments, "--calibration", text, "--out", out)
     assert "2 layers are 16:2:8" in one_line(shown)
     report = json.loads((out / "pruning.json").read_text())
