@@ -191,6 +191,7 @@ def test_report(page):
         assert expected in text, expected
 
 
+@pytest.mark.slow
 def test_report_for_a_gpu(compressed, tmp_path):
     run("report", compressed, "--out", tmp_path / "page.html", "--length", 8, "--target", "sm_90", "--no-bench")
     text = (tmp_path / "page.html").read_text()

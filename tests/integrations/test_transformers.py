@@ -447,6 +447,7 @@ def test_adapters_train_on_top(llama, data, tmp_path):
     assert torch.equal(base.model.layers[0].self_attn.q_proj.base_layer.weight.to_dense(), before)
 
 
+@pytest.mark.slow
 def test_it_compiles_unchanged(llama):
     model = AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.randint(0, 30000, (2, 9))
