@@ -92,6 +92,15 @@ def test_info(dense, compressed):
     assert json.loads(run("info", dense, "--json"))["format_version"] is None
 
 
+def test_names_are_shown_on_one_line(tmp_path):
+    model = torch.nn.ModuleDict({"two\nlines\x1b[31m": torch.nn.Linear(64, 32)})
+    vnm.sparsify(model, "16:2:8", progress=False)
+    vnm.compress_model(model)
+    vnm.save(model, tmp_path / "model")
+    assert r"  two\nlines\x1b[31m.weight  32 x 64  16:2:8" in run("info", tmp_path / "model", "--layers")
+    vnm.load(tmp_path / "model", model)
+
+
 def test_info_of_a_damaged_file(compressed, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((compressed / "model.safetensors").read_bytes()[:-10])

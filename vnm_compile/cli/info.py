@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from vnm_compile.checkpoint.files import Checkpoint, open_checkpoint, weight_files
 from vnm_compile.checkpoint.flat import VERSION, array_name
 from vnm_compile.cli.shown import JSON, echo
+from vnm_compile.names import printable
 
 
 def info(
@@ -62,7 +63,7 @@ def _text(report: dict[str, Any], layers: bool) -> str:
     lines.append(f"They take {decimal(stored)}, {decimal(dense)} dense; {report['other_tensors']} other tensors.")
     if layers:
         lines += [
-            f"  {each['name']}  {each['shape'][0]} x {each['shape'][1]}  {each['spec']}  {decimal(each['bytes'])}"
+            f"  {printable(each['name'])}  {each['shape'][0]} x {each['shape'][1]}  {each['spec']}  {decimal(each['bytes'])}"
             for each in weights
         ]
     return "\n".join(lines)
