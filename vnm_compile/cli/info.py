@@ -62,8 +62,7 @@ def _text(report: dict[str, Any], layers: bool) -> str:
     lines += [f"{count} weights are {spec} of {dtype}" for (spec, dtype), count in patterns.most_common()]
     lines.append(f"They take {decimal(stored)}, {decimal(dense)} dense; {report['other_tensors']} other tensors.")
     if layers:
-        lines += [
-            f"  {printable(each['name'])}  {each['shape'][0]} x {each['shape'][1]}  {each['spec']}  {decimal(each['bytes'])}"
-            for each in weights
-        ]
+        for each in weights:
+            name, (rows, columns) = printable(each["name"]), each["shape"]
+            lines.append(f"  {name}  {rows} x {columns}  {each['spec']}  {decimal(each['bytes'])}")
     return "\n".join(lines)
