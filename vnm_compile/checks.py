@@ -41,7 +41,7 @@ def why_unusable(layer: Layer, *, written: bool = False, values: bool = True) ->
         (_why_no_values(layer.module, weight) if values else None)
         or _why_other_storage(weight)
         or _why_other_form(layer, weight)
-        or (_why_not_writable(weight) if written else None)
+        or (why_not_writable(weight) if written else None)
     )
 
 
@@ -169,7 +169,8 @@ def _size(layer: Layer) -> tuple[int, int] | None:
     return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
 
 
-def _why_not_writable(weight: Tensor) -> str | None:
+def why_not_writable(weight: Tensor) -> str | None:
+    """Why a tensor cannot be written in place, and the way out; None where it can."""
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         return (
             "its weight was made under torch.inference_mode and cannot be written; load the model outside of it, or "

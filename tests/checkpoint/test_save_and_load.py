@@ -96,6 +96,60 @@ def test_integers_are_not_made_of_floats(tmp_path):
         vnm.load(tmp_path / "model", model)
 
 
+def test_tensors_of_any_layout_and_dtype(tmp_path):
+    """Views, expanded and transposed ones, negated ones, one-byte floats; also as what is loaded into."""
+    base, model = torch.randn(100), nn.Module()
+    model.p = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    tensors = {
+        "view": base[10:30],
+        "expanded": torch.randn(3, 1).expand(3, 4),
+        "transposed": torch.randn(3, 4).t(),
+        "flags": torch.tensor([True, False]),
+        "number": torch.tensor(3),
+        "negated": torch.randn(3, dtype=torch.cfloat).conj().imag,
+        "complex": torch.randn(3, dtype=torch.cfloat).conj(),
+        "empty": torch.empty(0, 3),
+        "small": torch.randn(4).to(torch.float8_e4m3fn),
+    }
+    for name, tensor in tensors.items():
+        model.register_buffer(name, tensor)
+    vnm.save(model, tmp_path / "model")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("view", "transposed", "negated", "small", "p"):
+        getattr(model, name).data.zero_()
+    model.expanded = torch.zeros(3, 1).expand(3, 4)
+    with torch.inference_mode():
+        model.number = torch.tensor(0)
+    vnm.load(tmp_path / "model", model)
+    for name, tensor in expected.items():
+        found = model.state_dict()[name]
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found.to(torch.cfloat), tensor.to(torch.cfloat)), name
+    assert torch.equal(base[10:30], expected["view"]), "what can be written to stays the tensor that it is"
+
+
+def test_a_model_made_under_inference_mode(tmp_path):
+    vnm.save(compressed(), tmp_path / "model")
+    with torch.inference_mode():
+        model = network(seed=1)
+    vnm.load(tmp_path / "model", model)
+    x = torch.randn(3, 48, requires_grad=True)
+    assert torch.equal(model(x), compressed()(x))
+    model(x).sum().backward()
+
+
+def test_places_that_cannot_be_filled_leave_the_model_as_it_is(tmp_path):
+    vnm.save(compressed(), tmp_path / "model")
+    lazy = nn.Sequential(*network(seed=1)[:3], nn.LazyLinear(40, bias=False))
+    other = network(seed=1)
+    other[0].bias = nn.Parameter(vnm.compress(torch.zeros(70, 4), "1:2:4").detach(), requires_grad=False)
+    for model in (lazy, other):
+        before = model[0].weight
+        with pytest.raises(vnm.VNMError):
+            vnm.load(tmp_path / "model", model)
+        assert model[0].weight is before
+
+
 def test_buffers_that_no_file_holds(tmp_path):
     """On the meta device they would stay there, and the model fail at its first call."""
     model = network()

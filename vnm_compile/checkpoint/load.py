@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from vnm_compile.annotate import set_annotation
 from vnm_compile.checkpoint.files import Checkpoint, open_checkpoint
-from vnm_compile.checks import why_unusable
+from vnm_compile.checks import why_not_writable, why_unusable
 from vnm_compile.errors import BadFile, BadModel, UnsupportedWeight, at_layer
 from vnm_compile.layers import Layer, check_module, linear_layers, plain_name, shared_weights
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.printing import tracked
 from vnm_compile.tensor import VNMTensor
+from vnm_compile.validation import stores_otherwise
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_FLOATS = ("f", "bf")  # how torch's and safetensors' names of floating-point dtypes begin
 _SHOWN = 3
 
 
@@ -78,13 +79,17 @@ def _check_names(directory: Path, found: Checkpoint, places: dict[str, Tensor]) 
 
 def _check_plain(directory: Path, found: Checkpoint, places: dict[str, Tensor]) -> None:
     for name in found.plain:
-        shape, kind = found.tensors[name]
-        if places[name].is_floating_point() != (kind in _FLOATS):
-            raise at_layer(name, f"{directory} holds {kind}, the model's is {places[name].dtype}.", BadFile)
-        if shape != tuple(places[name].shape):
-            raise at_layer(
-                name, f"{directory} holds {list(shape)}, the model's is {list(places[name].shape)}.", BadFile
-            )
+        (shape, kind), place = found.tensors[name], places[name]
+        if nn.parameter.is_lazy(place):
+            lazy = "the model's has no shape yet (a lazy module); run one batch through the model first."
+            raise at_layer(name, lazy, UnsupportedWeight)
+        if stores_otherwise(type(place)) and not isinstance(place, VNMTensor):
+            other = f"the model's is a {type(place).__name__}, which stores its values in a way of its own"
+            raise at_layer(name, f"{other}; load before it is quantised or sharded.", UnsupportedWeight)
+        if place.is_floating_point() != kind.lower().startswith(_FLOATS):
+            raise at_layer(name, f"{directory} holds {kind}, the model's is {place.dtype}.", BadFile)
+        if shape != tuple(place.shape):
+            raise at_layer(name, f"{directory} holds {list(shape)}, the model's is {list(place.shape)}.", BadFile)
 
 
 def _check_compressed(
@@ -99,6 +104,9 @@ def _check_compressed(
         if layer is None:
             here = "it is compressed in the files, and in the model no weight of a linear layer"
             raise at_layer(name, f"{here}; decompress the model before it is saved.", UnsupportedWeight)
+        reason = why_unusable(layer, values=False)
+        if reason is not None:
+            raise at_layer(name, reason, UnsupportedWeight)
         if stored.shape != tuple(place.shape) or stored.transposed != layer.transposed:
             raise at_layer(name, f"{directory} holds {stored}, the model's weight is {list(place.shape)}.", BadFile)
         if id(place) in shared:
@@ -106,9 +114,6 @@ def _check_compressed(
             raise at_layer(
                 name, f"it is compressed in the files, and shared with {others} in the model.", UnsupportedWeight
             )
-        reason = why_unusable(layer, values=False)
-        if reason is not None:
-            raise at_layer(name, reason, UnsupportedWeight)
 
 
 def _fill(
@@ -124,7 +129,7 @@ def _fill(
         set_annotation(layer.module, weight.spec, layer.name)
     for name in found.plain:
         place = places[name]
-        if place.is_meta or isinstance(place, VNMTensor):
+        if place.is_meta or isinstance(place, VNMTensor) or why_not_writable(place):
             own = _like(found.tensor(name).clone(), place)
             _replace(model, place, nn.Parameter(own, place.requires_grad) if isinstance(place, nn.Parameter) else own)
         else:
