@@ -26,6 +26,26 @@ print("compiled and inspected")
 """
 
 
+LATE = """
+import sys
+import vnm_compile as vnm
+import vnm_compile.cli.app
+import vnm_compile.integrations.transformers
+assert "torch._inductor.lowering" not in sys.modules
+assert "vnm_compile.backend" not in sys.modules
+assert set(vnm.__all__) <= set(dir(vnm))
+assert all(callable(getattr(vnm, name)) for name in vnm.__all__)
+assert "torch._inductor.lowering" in sys.modules
+print("late")
+"""
+
+
+def test_inductor_is_imported_when_something_compiles():
+    """It takes as long as torch; pruning, saving and the command line's help do without."""
+    result = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert result.stdout == "late\n", result.stderr
+
+
 def test_optional_packages_are_optional():
     result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert result.stdout == "compiled and inspected\n", result.stderr

@@ -10,7 +10,6 @@ import typer
 from vnm_compile.cli.inputs import example_inputs
 from vnm_compile.cli.models import BatchSize, Blocks, Inputs, Length, ModelOrConfig, Pattern, sparse_model
 from vnm_compile.cli.shown import JSON, echo, working
-from vnm_compile.comparison import compare_model
 
 
 def bench(
@@ -30,6 +29,8 @@ def bench(
 
     A config alone is enough: times do not depend on the weights. With a GPU it runs there.
     """
+    from vnm_compile.comparison import compare_model  # and with it Inductor
+
     made = sparse_model(model, spec, blocks, as_json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = {name: value.to(device) for name, value in example_inputs(made, batch_size, length, inputs).items()}

@@ -13,10 +13,8 @@ from vnm_compile.cli.directory import has_weights
 from vnm_compile.cli.inputs import example_inputs
 from vnm_compile.cli.models import BatchSize, Blocks, Inputs, Length, ModelOrConfig, Pattern, sparse_model
 from vnm_compile.cli.shown import JSON, echo, weight_bytes, working
-from vnm_compile.comparison import compare_model
 from vnm_compile.errors import BadFile
 from vnm_compile.hardware import TARGETS, find_target
-from vnm_compile.report import Page
 
 
 def report(
@@ -35,6 +33,9 @@ def report(
     as_json: JSON = False,
 ) -> None:
     """Write one HTML page: layers and why, times, a roofline plot, every kernel's source."""
+    from vnm_compile.comparison import compare_model  # and with it Inductor
+    from vnm_compile.report import Page
+
     if out.exists() and not force:
         raise BadFile(f"{out} exists; choose another name, or replace it with --force.")
     if target is not None:
