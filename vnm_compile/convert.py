@@ -49,7 +49,7 @@ def compress_model(
             shared with another module, or nothing in the model follows a pattern.
     """
     chosen = _patterns(model, spec, include, exclude)
-    if not chosen and not any(isinstance(layer.stored, VNMTensor) for layer in linear_layers(model)):
+    if not chosen and not compressed_layers(model):
         raise NothingSelected(
             "no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one."
         )
@@ -67,6 +67,11 @@ def compress_model(
     return [layer.name for layer, _ in chosen]
 
 
+def compressed_layers(model: nn.Module) -> list[Layer]:
+    """The layers whose weight is compressed."""
+    return [layer for layer in linear_layers(model) if isinstance(layer.stored, VNMTensor)]
+
+
 def decompress_model(model: nn.Module) -> list[str]:
     """Replace the compressed weights of `model` by dense ones, in place; returns the names of those layers.
 
@@ -76,7 +81,7 @@ def decompress_model(model: nn.Module) -> list[str]:
     Raises:
         VNMError: a compressed weight has no values (it is on the meta device, or offloaded). Nothing is changed then.
     """
-    compressed = [layer for layer in linear_layers(model) if isinstance(layer.stored, VNMTensor)]
+    compressed = compressed_layers(model)
     check_usable(compressed)
     holders = [module for module in model.modules() if any(map(_is_compressed, module._parameters.values()))]
     for layer in compressed:

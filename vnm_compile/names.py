@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -27,6 +27,13 @@ def by_name(name: Any, records: Sequence[Any]) -> Any:
     else:
         hint = "the report is empty."
     raise UnknownName(f"no layer is called {name!r}; {hint}")
+
+
+def some_of(names: Iterable[str], most: int = 3) -> str:
+    """The first names in order, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
 
 
 def printable(name: str) -> str:

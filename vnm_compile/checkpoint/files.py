@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from vnm_compile.checkpoint.flat import StoredWeight, array_name, check_arrays, read_metadata
 from vnm_compile.errors import BadFile, VNMError
-from vnm_compile.format import Packed
 from vnm_compile.tensor import VNMTensor
 
 WEIGHTS = "model.safetensors"
@@ -34,16 +34,19 @@ class Checkpoint:
     Attributes:
         weights: the compressed weights, by name, and how each is stored.
         tensors: shape and dtype (`"float32"`) of every tensor in the files.
+        files: the files.
     """
 
     weights: dict[str, StoredWeight]
     tensors: dict[str, tuple[tuple[int, ...], str]]
 
-    def __init__(self, handles: Mapping[Path, Any]) -> None:
-        self.weights, self.tensors = {}, {}
+    def __init__(self, handles: Mapping[Path, Any], weight_map: Mapping[str, str] | None) -> None:
+        self.weights, self.tensors, self.files = {}, {}, list(handles)
         self._holder: dict[str, Any] = {}
         self._path: dict[str, Path] = {}
         for path, handle in handles.items():
+            if weight_map is not None:
+                _check_indexed(path, set(handle.keys()), weight_map)
             with _about(path):
                 self._take(path, handle)
 
@@ -60,7 +63,7 @@ class Checkpoint:
             self.tensors[name] = tuple(found.get_shape()), _DTYPES.get(kind, kind)
             self._holder[name], self._path[name] = handle, path
 
-    @property
+    @cached_property
     def plain(self) -> list[str]:
         """Names of the tensors that are no part of a compressed weight."""
         parts = {array_name(name, array) for name, stored in self.weights.items() for array in stored.layout.names}
@@ -80,7 +83,7 @@ class Checkpoint:
         # Copied first: what is checked must not change with the file.
         arrays = [self.tensor(array_name(name, array)).clone() for array in stored.layout.names]
         try:
-            return VNMTensor._owning(Packed(*arrays), stored.layout, stored.transposed)
+            return stored.weight(arrays)
         except VNMError as error:
             where = self._path[array_name(name, stored.layout.names[0])]
             raise BadFile(f"{where}: {name} is {error}") from error
@@ -95,37 +98,36 @@ def open_checkpoint(where: str | Path | Iterable[str | Path]) -> Iterator[Checkp
     Raises:
         VNMError: files are missing, damaged, or do not fit together.
     """
-    paths = weight_files(Path(where)) if isinstance(where, str | Path) else [Path(each) for each in where]
+    weight_map = None
+    if isinstance(where, str | Path):
+        paths, weight_map = _weight_files(Path(where))
+    else:
+        paths = [Path(each) for each in where]
     with ExitStack() as opened:
-        found = Checkpoint({path: opened.enter_context(_opened(path)) for path in paths})
+        found = Checkpoint({path: opened.enter_context(_opened(path)) for path in paths}, weight_map)
         with _about(paths[0] if len(paths) == 1 else paths[0].parent):
             check_arrays(found.weights, found.tensors)
         yield found
 
 
-def weight_files(where: Path) -> list[Path]:
-    """The safetensors files that hold the weights of a directory, or the one file that was given.
-
-    Raises:
-        VNMError: there are none, or the index of a sharded checkpoint does not describe them.
-    """
+def _weight_files(where: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files that hold the weights of a directory, or the one file that was given; and their index."""
     if where.is_file():
-        return [where]
+        return [where], None
     if not where.is_dir():
         raise BadFile(f"{where} is no file or directory.")
     if (where / WEIGHTS).is_file():
-        return [where / WEIGHTS]
+        return [where / WEIGHTS], None
     if not (where / INDEX).is_file():
         raise BadFile(f"{where} holds neither {WEIGHTS} nor {INDEX}; give the directory of a saved model.")
     weight_map = indexed(where / INDEX)
-    paths = [where / name for name in sorted(set(weight_map.values()))]
-    for path in paths:
-        with _opened(path) as handle:
-            listed = {name for name, file in weight_map.items() if file == path.name}
-            if listed != set(handle.keys()):
-                name = min(listed ^ set(handle.keys()))
-                raise BadFile(f"{path} and {INDEX} do not agree on whether it holds {name}.")
-    return paths
+    return [where / name for name in sorted(set(weight_map.values()))], weight_map
+
+
+def _check_indexed(path: Path, names: set[str], weight_map: Mapping[str, str]) -> None:
+    disagreed = names ^ {name for name, file in weight_map.items() if file == path.name}
+    if disagreed:
+        raise BadFile(f"{path} and {INDEX} do not agree on whether it holds {min(disagreed)}.")
 
 
 def indexed(index: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vnm_compile.errors import BadFile, VNMError
+from vnm_compile.format import Packed
 from vnm_compile.layout import Layout
 from vnm_compile.tensor import VNMTensor
 
@@ -62,6 +63,14 @@ class StoredWeight:
         """Shape of the weight, as its module holds it."""
         out_features, in_features = self.layout.out_features, self.layout.in_features
         return (in_features, out_features) if self.transposed else (out_features, in_features)
+
+    def weight(self, arrays: Iterable[Tensor]) -> VNMTensor:
+        """The weight that these arrays make up, in the order of the layout's names.
+
+        Raises:
+            VNMError: they hold what the format does not allow.
+        """
+        return VNMTensor._owning(Packed(*arrays), self.layout, self.transposed)
 
     def arrays(self, weight: str, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor that makes up the weight of this name, the empty one included."""

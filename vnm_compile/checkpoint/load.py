@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from vnm_compile.checks import why_not_writable, why_unusable
 from vnm_compile.errors import BadFile, BadModel, UnsupportedWeight, at_layer
 from vnm_compile.layers import Layer, check_module, linear_layers, plain_name, shared_weights
 from vnm_compile.memory import return_freed_memory
+from vnm_compile.names import some_of
 from vnm_compile.printing import tracked
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.validation import stores_otherwise
@@ -22,7 +22,6 @@ from vnm_compile.validation import stores_otherwise
 Model = TypeVar("Model", bound=nn.Module)
 
 _FLOATS = ("f", "bf")  # how torch's and safetensors' names of floating-point dtypes begin
-_SHOWN = 3
 
 
 def load(directory: str | Path, model: Model, *, progress: bool = True) -> Model:
@@ -61,7 +60,7 @@ def _check_buffers(model: nn.Module) -> None:
     missing = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in saved]
     if missing:
         raise BadModel(
-            f"{_shown(missing)}: a buffer that no file holds, on the meta device. Make the weights alone there "
+            f"{some_of(missing)}: a buffer that no file holds, on the meta device. Make the weights alone there "
             "(accelerate's init_empty_weights does), or set it before."
         )
 
@@ -71,10 +70,10 @@ def _check_names(directory: Path, found: Checkpoint, places: dict[str, Tensor]) 
     loaded = {id(places[name]) for name in stored & set(places)}
     missing = [name for name, tensor in places.items() if name not in stored and id(tensor) not in loaded]
     if missing:
-        raise BadFile(f"{directory} does not hold all of the model's weights: {_shown(missing)} missing.")
+        raise BadFile(f"{directory} does not hold all of the model's weights: {some_of(missing)} missing.")
     unexpected = stored - set(places)
     if unexpected:
-        raise BadFile(f"{directory} holds weights that the model has no place for: {_shown(unexpected)}.")
+        raise BadFile(f"{directory} holds weights that the model has no place for: {some_of(unexpected)}.")
 
 
 def _check_plain(directory: Path, found: Checkpoint, places: dict[str, Tensor]) -> None:
@@ -148,9 +147,3 @@ def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
             for name, tensor in held.items():
                 if tensor is old:
                     held[name] = new  # type: ignore[assignment]
-
-
-def _shown(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return ", ".join(ordered[:_SHOWN]) + more

@@ -16,7 +16,7 @@ from vnm_compile.checkpoint.directory import check_writable, new_directory
 from vnm_compile.checkpoint.files import INDEX, WEIGHTS
 from vnm_compile.checkpoint.flat import StoredWeight, flatten, metadata, split_name
 from vnm_compile.errors import BadOption, UnsupportedWeight, at_layer
-from vnm_compile.integrations import as_pretrained
+from vnm_compile.integrations import is_pretrained, tell
 from vnm_compile.layers import check_module, plain_name
 from vnm_compile.printing import tracked
 from vnm_compile.tensor import VNMTensor
@@ -63,10 +63,9 @@ def save(
     check_writable(out, overwrite, "give overwrite=True")
     unwrapped = getattr(model, "_orig_mod", model)
     state = _state(unwrapped)
-    pretrained = as_pretrained(unwrapped)
     with new_directory(out) as new:
-        if pretrained is not None:
-            write_pretrained(pretrained, new, limit)
+        if is_pretrained(unwrapped):
+            write_pretrained(unwrapped, new, limit)
         else:
             new.mkdir()
             _write(new, state, limit, progress)
@@ -75,7 +74,7 @@ def save(
 
 def write_pretrained(model: Any, folder: Path, limit: int) -> None:
     """Write a transformers model to a folder as its `save_pretrained` does, in files of at most `limit` bytes."""
-    as_pretrained(model)  # it may not know yet that weights are compressed
+    tell(model)  # it may not know yet that weights are compressed
     model.save_pretrained(folder, max_shard_size=limit)
     for path in folder.glob("*.safetensors"):
         _order_header(path)

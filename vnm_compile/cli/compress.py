@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from torch import nn
@@ -12,25 +13,22 @@ import vnm_compile as vnm
 from vnm_compile.checkpoint.files import read_json
 from vnm_compile.checkpoint.foreign import READERS, dense_state, kind_of
 from vnm_compile.cli.directory import check_directory, load_model
+from vnm_compile.cli.models import Force, ModelDirectory, Out, Selectors
 from vnm_compile.cli.output import check_output, write_model
-from vnm_compile.cli.shown import JSON, echo, sizes, working
+from vnm_compile.cli.shown import JSON, became, echo, sizes, working
+from vnm_compile.convert import compressed_layers
 from vnm_compile.errors import BadFile, NothingSelected
-from vnm_compile.layers import linear_layers
 
 if TYPE_CHECKING:
     from vnm_compile.integrations.transformers import VnmConfig
 
-Model = Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL", show_default=False)]
-Out = Annotated[Path, typer.Option(help="Directory to write to.", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace a model that is in the output directory.")]
 Pattern = Annotated[
     str | None, typer.Option(help='The pattern that the weights follow, such as "64:2:8"; looked for if not given.')
 ]
-Selectors = Annotated[list[str] | None, typer.Option(help="Layer name or glob, repeatable.")]
 
 
 def compress(
-    model_dir: Model,
+    model_dir: ModelDirectory,
     out: Out,
     spec: Pattern = None,
     include: Selectors = None,
@@ -52,7 +50,7 @@ def compress(
     _write(model, model_dir, out, as_json)
 
 
-def decompress(model_dir: Model, out: Out, force: Force = False, as_json: JSON = False) -> None:
+def decompress(model_dir: ModelDirectory, out: Out, force: Force = False, as_json: JSON = False) -> None:
     """Store the compressed weights of a model as dense tensors with zeros, which any reader takes."""
     check_output(out, model_dir, force)
     with working(f"loading {model_dir}", as_json):
@@ -61,12 +59,12 @@ def decompress(model_dir: Model, out: Out, force: Force = False, as_json: JSON =
         raise BadFile(f"{model_dir} holds no compressed weights.")
     with working(f"writing {out}", as_json):
         write_model(model, model_dir, out, {})
-    report = {"out": str(out), **sizes(model_dir, out)}
-    echo(report, as_json, f"dense: {report['shown']}; written to {out}")
+    found = sizes(model_dir, out)
+    echo({"out": str(out), **found}, as_json, f"dense: {became(found)}; written to {out}")
 
 
 def convert(
-    model_dir: Model,
+    model_dir: ModelDirectory,
     out: Out,
     stored: Annotated[
         str | None, typer.Option("--from", help=f"How it is stored: {', '.join(READERS)}; found out if not given.")
@@ -97,27 +95,15 @@ def _config(spec: str | None, include: list[str] | None, exclude: list[str] | No
 
 
 def _write(model: nn.Module, model_dir: Path, out: Path, as_json: bool) -> None:
-    patterns = compressed_patterns(model)
-    if not patterns:
+    weights = {layer.name: layer.stored for layer in compressed_layers(model)}
+    if not weights:
         raise NothingSelected(
             f"no linear layer of {model_dir} follows a V:N:M pattern; prune it first (vnm-compile prune)."
         )
+    patterns = {name: str(weight.spec) for name, weight in weights.items()}  # type: ignore[union-attr]
     with working(f"writing {out}", as_json):
         write_model(model, model_dir, out, {})
-    report: dict[str, Any] = {"out": str(out), "layers": patterns, **sizes(model_dir, out)}
-    found = ", ".join(f"{list(patterns.values()).count(each)} layers are {each}" for each in _in_order(patterns))
-    echo(report, as_json, f"{found}: {report['shown']}; written to {out}")
-
-
-def _in_order(patterns: dict[str, str]) -> list[str]:
-    return list(dict.fromkeys(patterns.values()))
-
-
-def compressed_patterns(model: nn.Module) -> dict[str, str]:
-    """The pattern of each compressed layer, by its name."""
-    found: dict[str, str] = {}
-    for layer in linear_layers(model):
-        weight: object = layer.stored
-        if isinstance(weight, vnm.VNMTensor):
-            found[layer.name] = str(weight.spec)
-    return found
+    found = sizes(model_dir, out)
+    counted = ", ".join(f"{count} layers are {spec}" for spec, count in Counter(patterns.values()).items())
+    report = {"out": str(out), "layers": patterns, **found}
+    echo(report, as_json, f"{counted}: {became(found)}; written to {out}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from vnm_compile.checkpoint.directory import is_weight
 from vnm_compile.checkpoint.files import first_line, indexed, read_json
 from vnm_compile.errors import BadFile, VNMError
+from vnm_compile.names import some_of
 
 if TYPE_CHECKING:
     from vnm_compile.integrations.transformers import VnmConfig
 
 NOT_COPIED = ("onnx", "openvino", ".git")  # folders that hold the dense weights once more
-_NAMES_SHOWN = 3
 
 
 def load_model(directory: Path, compress: VnmConfig | None = None, state: dict[str, Tensor] | None = None) -> nn.Module:
@@ -44,7 +44,6 @@ def load_model(directory: Path, compress: VnmConfig | None = None, state: dict[s
     options: dict[str, Any] = {} if compress is None else {"quantization_config": compress}
     if state is not None:
         config = _config(directory)
-        config.__dict__.pop("quantization_config", None)
         floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
         options |= {"config": config, "state_dict": state, "dtype": floats[0] if floats else "auto"}
         if hasattr(kind, "from_config"):  # an Auto class, which reads a directory to choose
@@ -79,7 +78,6 @@ def random_model(path: Path, blocks: int | None) -> nn.Module:
     check_directory(directory)
     described = read_json(path if path.is_file() else path / "config.json")
     kind, config = _model_class(directory, described), _config(path)
-    config.__dict__.pop("quantization_config", None)
     text = config.get_text_config()
     if blocks is not None and not hasattr(text, "num_hidden_layers"):
         raise BadFile(f"{path} does not say by num_hidden_layers how many blocks there are, so --blocks is of no use.")
@@ -99,10 +97,13 @@ def has_weights(directory: Path) -> bool:
 
 
 def _config(path: Path) -> Any:
+    """A model's config without what it says of how weights are stored."""
     import transformers
 
     with _loading(path):
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config.__dict__.pop("quantization_config", None)
+    return config
 
 
 @contextmanager
@@ -214,7 +215,8 @@ def _brings_code(config: Any) -> bool:
 
 def _check_complete(directory: Path, info: dict[str, Any]) -> None:
     missing, mismatched, unexpected = (
-        _shown(info.get(f"{kind}_keys") or ()) for kind in ("missing", "mismatched", "unexpected")
+        some_of(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{kind}_keys") or ())
+        for kind in ("missing", "mismatched", "unexpected")
     )
     if missing:
         raise BadFile(f"{directory}: weights are missing, which would be random: {missing}.")
@@ -224,9 +226,3 @@ def _check_complete(directory: Path, info: dict[str, Any]) -> None:
         raise BadFile(f"{directory}: its files hold weights that the model has no place for: {unexpected}.")
     if info.get("error_msgs"):
         raise BadFile(f"{directory}: the model cannot be loaded: {first_line(info['error_msgs'])}")
-
-
-def _shown(keys: Iterable[Any]) -> str:
-    names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

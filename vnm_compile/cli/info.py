@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.filesize import decimal
 
-from vnm_compile.checkpoint.files import Checkpoint, open_checkpoint, weight_files
+from vnm_compile.checkpoint.files import Checkpoint, open_checkpoint
 from vnm_compile.checkpoint.flat import VERSION, array_name
 from vnm_compile.cli.shown import JSON, echo
 from vnm_compile.names import printable
@@ -23,11 +23,11 @@ def info(
 ) -> None:
     """Say what a model directory holds: patterns, sizes, files. Only headers are read; they are checked."""
     with open_checkpoint(directory) as found:
-        report = _report(found, weight_files(directory))
+        report = _report(found)
     echo(report, as_json, _text(report, layers))
 
 
-def _report(found: Checkpoint, files: list[Path]) -> dict[str, Any]:
+def _report(found: Checkpoint) -> dict[str, Any]:
     weights = []
     for name, stored in found.weights.items():
         dtype = found.tensors[array_name(name, stored.layout.names[0])][1]
@@ -45,7 +45,7 @@ def _report(found: Checkpoint, files: list[Path]) -> dict[str, Any]:
         )
     return {
         "format_version": VERSION if weights else None,
-        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in files],
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in found.files],
         "compressed": weights,
         "other_tensors": len(found.plain),
     }

@@ -9,16 +9,14 @@ import typer
 
 import vnm_compile as vnm
 from vnm_compile.cli.inputs import example_inputs
-from vnm_compile.cli.models import BatchSize, Blocks, Inputs, Length, ModelOrConfig, Pattern, sparse_model
+from vnm_compile.cli.models import BatchSize, Blocks, Inputs, Length, ModelOrConfig, Pattern, TargetName, sparse_model
 from vnm_compile.cli.shown import JSON, echo, working
-from vnm_compile.hardware import TARGETS, find_target
+from vnm_compile.hardware import find_target
 
 
 def inspect(
     model: ModelOrConfig,
-    target: Annotated[
-        str | None, typer.Option(help=f"GPU architecture: {', '.join(TARGETS)}; this machine if not given.")
-    ] = None,
+    target: TargetName = None,
     spec: Pattern = None,
     batch_size: BatchSize = 1,
     length: Length = 128,

@@ -1,4 +1,4 @@
-"""Which model a command is about: one with weights, or a config alone, which is filled with random ones."""
+"""Options that several commands share, and the model they are about: one with weights, or a config filled at random."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from torch import nn
 import vnm_compile as vnm
 from vnm_compile.cli.directory import has_weights, load_model, random_model
 from vnm_compile.cli.shown import working
+from vnm_compile.convert import compressed_layers
 from vnm_compile.errors import BadFile, BadOption
-from vnm_compile.layers import linear_layers
+from vnm_compile.hardware import TARGETS
+from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.weights import detected_spec
+
+ModelDirectory = Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Directory to write to.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace a model that is in the output directory.")]
+Selectors = Annotated[list[str] | None, typer.Option(help="Layer name or glob, repeatable.")]
 
 ModelOrConfig = Annotated[
     Path,
@@ -30,6 +37,10 @@ BatchSize = Annotated[int, typer.Option(help="Sequences, or images.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens a sequence.", min=1)]
 Inputs = Annotated[
     Path | None, typer.Option(help="A .safetensors file of model inputs; random ones if not given.", show_default=False)
+]
+
+TargetName = Annotated[
+    str | None, typer.Option(help=f"GPU architecture: {', '.join(TARGETS)}; this machine if not given.")
 ]
 
 _USUAL = "64:2:8"
@@ -55,15 +66,13 @@ def sparse_model(path: Path, spec: str | None, blocks: int | None, as_json: bool
             raise BadOption("--blocks is for a config alone; this directory has weights.")
         model = random_model(path, blocks) if alone else load_model(path)
     if alone or spec is not None:
-        if any(isinstance(layer.stored, vnm.VNMTensor) for layer in linear_layers(model)):
+        if compressed_layers(model):
             raise BadOption(f"--spec: the weights of {path} are compressed already, in patterns of their own.")
         vnm.sparsify(model, spec or _USUAL, progress=not as_json)
-    elif not any(_follows(layer.stored, layer.transposed) for layer in linear_layers(model)):
+    elif not compressed_layers(model) and not any(map(_follows, linear_layers(model))):
         raise BadOption(f'no weight of {path} follows a V:N:M pattern; give --spec, such as "{_USUAL}", to try one.')
     return model
 
 
-def _follows(weight: nn.Parameter | None, transposed: bool) -> bool:
-    if weight is None:
-        return False
-    return isinstance(weight, vnm.VNMTensor) or detected_spec(weight, transposed) is not None
+def _follows(layer: Layer) -> bool:
+    return layer.stored is not None and detected_spec(layer.stored, layer.transposed) is not None

@@ -11,19 +11,18 @@ import vnm_compile as vnm
 from vnm_compile.cli.directory import check_directory, load_model
 from vnm_compile.cli.inputs import load_batches
 from vnm_compile.cli.method import method_with_options
+from vnm_compile.cli.models import Force, ModelDirectory, Out, Selectors
 from vnm_compile.cli.output import check_output, write_model
-from vnm_compile.cli.shown import JSON, echo, sizes, working
+from vnm_compile.cli.shown import JSON, became, echo, sizes, working
 from vnm_compile.spec import Spec
 
 REPORT = "pruning.json"
 
-Selectors = Annotated[list[str] | None, typer.Option(help="Layer name or glob, repeatable.")]
-
 
 def prune(
-    model_dir: Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL", show_default=False)],
+    model_dir: ModelDirectory,
     spec: Annotated[str, typer.Option(help='Pattern, such as "64:2:8".', show_default=False)],
-    out: Annotated[Path, typer.Option(help="Directory to write to.", show_default=False)],
+    out: Out,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(vnm.prune.METHODS)}.")] = "magnitude",
     option: Annotated[
         list[str] | None, typer.Option(help='Of the method, such as "damping=0.02", repeatable.', metavar="NAME=VALUE")
@@ -42,7 +41,7 @@ def prune(
     dense: Annotated[
         bool, typer.Option("--dense", help="Write dense tensors with zeros, which any reader takes.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that is in the output directory.")] = False,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Prune a model into a V:N:M pattern, and store it compressed.
@@ -72,6 +71,6 @@ def prune(
         vnm.compress_model(model)
     with working(f"writing {out}", as_json):
         write_model(model, model_dir, out, {REPORT: report.to_dict()})
-    made = {"out": str(out), **sizes(model_dir, out)}
-    text = f"{report}\n{len(report.layers)} layers are {pattern}: {made['shown']}; written to {out}"
-    echo({**report.to_dict(), **made}, as_json, text)
+    found = sizes(model_dir, out)
+    text = f"{report}\n{len(report.layers)} layers are {pattern}: {became(found)}; written to {out}"
+    echo({**report.to_dict(), "out": str(out), **found}, as_json, text)

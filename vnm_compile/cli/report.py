@@ -11,18 +11,16 @@ from rich.filesize import decimal
 import vnm_compile as vnm
 from vnm_compile.cli.directory import has_weights
 from vnm_compile.cli.inputs import example_inputs
-from vnm_compile.cli.models import BatchSize, Blocks, Inputs, Length, ModelOrConfig, Pattern, sparse_model
+from vnm_compile.cli.models import BatchSize, Blocks, Inputs, Length, ModelOrConfig, Pattern, TargetName, sparse_model
 from vnm_compile.cli.shown import JSON, echo, weight_bytes, working
 from vnm_compile.errors import BadFile
-from vnm_compile.hardware import TARGETS, find_target
+from vnm_compile.hardware import find_target
 
 
 def report(
     model: ModelOrConfig,
     out: Annotated[Path, typer.Option(help="The HTML file to write.", show_default=False)],
-    target: Annotated[
-        str | None, typer.Option(help=f"Kernels for a GPU: {', '.join(TARGETS)}; for this machine if not given.")
-    ] = None,
+    target: TargetName = None,
     spec: Pattern = None,
     batch_size: BatchSize = 1,
     length: Length = 128,

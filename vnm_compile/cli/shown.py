@@ -31,22 +31,18 @@ def working(what: str, as_json: bool) -> Iterator[None]:
 
 
 def echo(report: Mapping[str, Any], as_json: bool, text: str) -> None:
-    """Print a report, as JSON or as text; what it holds under "shown" is for the text."""
-    if as_json:
-        typer.echo(json.dumps({key: value for key, value in report.items() if key != "shown"}, indent=1))
-    else:
-        typer.echo(printable_lines(text))
+    """Print a report as JSON, or the text, with the control characters of every line spelled out."""
+    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(map(printable, text.split("\n"))))
 
 
-def printable_lines(text: str) -> str:
-    """A text with the control characters of every line spelled out."""
-    return "\n".join(printable(line) for line in text.split("\n"))
-
-
-def sizes(before: Path, after: Path) -> dict[str, Any]:
+def sizes(before: Path, after: Path) -> dict[str, int]:
     """Bytes of the weight files of two directories."""
-    old, new = weight_bytes(before), weight_bytes(after)
-    return {"bytes_before": old, "bytes": new, "shown": f"{decimal(old)} became {decimal(new)}"}
+    return {"bytes_before": weight_bytes(before), "bytes": weight_bytes(after)}
+
+
+def became(found: Mapping[str, int]) -> str:
+    """What `sizes` found, in words."""
+    return f"{decimal(found['bytes_before'])} became {decimal(found['bytes'])}"
 
 
 def weight_bytes(directory: Path) -> int:

@@ -26,9 +26,9 @@ from vnm_compile.annotate import ANY_SIZE, select_layers, set_annotation
 from vnm_compile.checkpoint.files import open_checkpoint
 from vnm_compile.checkpoint.flat import VERSION, StoredWeight, array_name, flatten, metadata
 from vnm_compile.checks import check_usable, why_unusable
-from vnm_compile.convert import decompress_model
+from vnm_compile.convert import compressed_layers, decompress_model
 from vnm_compile.errors import BadFile, BadOption, UnsupportedWeight, VNMError, at_layer
-from vnm_compile.format import Packed, detect
+from vnm_compile.format import detect
 from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.spec import Spec
@@ -129,8 +129,6 @@ class VnmQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The arrays by name, as `save_pretrained` writes them, and what the files' headers say of them."""
         tensors, weights = flatten(model.state_dict())
-        # Names as the model has them: transformers' renaming would take arrays for weights.
-        model._weight_conversions = []  # type: ignore[assignment]
         return tensors, metadata(weights)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -159,7 +157,7 @@ if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
 
 def follow_weights(model: Any) -> None:
     """Give a model the quantizer where weights of it are compressed, and take ours away where none is."""
-    compressed = any(isinstance(layer.stored, VNMTensor) for layer in linear_layers(model))
+    compressed = bool(compressed_layers(model))
     quantizer = getattr(model, "hf_quantizer", None)
     if compressed and quantizer is None:
         model.hf_quantizer = VnmQuantizer(VnmConfig(), pre_quantized=True)
@@ -173,7 +171,8 @@ def follow_weights(model: Any) -> None:
 def _settle(model: Any) -> None:
     """Say of a model with the quantizer what sets it apart from quantised ones."""
     model.is_quantized = False  # or it refuses `.half()`, and Trainer to evaluate it: compressed weights can do both
-    model._weight_conversions = []  # saved under the names that it has here, which the arrays are listed by
+    # Saved under the names that it has here, which the arrays are listed by: renaming would take arrays for weights.
+    model._weight_conversions = []
     if not getattr(model, "_takes_arrays", False):
         model.register_load_state_dict_pre_hook(_gather_arrays)
         model._takes_arrays = True
@@ -185,15 +184,12 @@ def _gather_arrays(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
     Raises:
         VNMError: they are not those of the weight in their place.
     """
-    for layer in linear_layers(model):
-        weight: object = layer.stored
+    for layer in compressed_layers(model):
+        stored = StoredWeight.of(layer.stored)  # type: ignore[arg-type]
         name = f"{prefix}{layer.name}.weight"
-        if not isinstance(weight, VNMTensor) or isinstance(state.get(name), VNMTensor):
-            continue
-        names = [array_name(name, array) for array in weight.layout_of_arrays.names]
+        names = [array_name(name, array) for array in stored.layout.names]
         if all(each in state for each in names):
-            arrays = Packed(*(state.pop(each).clone() for each in names))
-            state[name] = VNMTensor._owning(arrays, weight.layout_of_arrays, weight._transposed)
+            state[name] = stored.weight([state.pop(each).clone() for each in names])
 
 
 def _refuse_training_state(model: nn.Module, stored: Iterable[str]) -> None:
@@ -215,17 +211,17 @@ class _Arrays(nn.Module):
         super().__init__()
         layout = stored.layout
         self.stored = stored
-        self.before: list[str] = []  # the parameters that follow the weight in the layer
+        self.following: list[str] = []  # the layer's parameters after the weight
         for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes(weight.dtype), strict=True):
             empty = torch.empty(shape, dtype=dtype, device="meta")
             self.register_parameter(f"vnm_{name}", nn.Parameter(empty, requires_grad=False))
         self._is_hf_initialized = True
 
-    def packed(self) -> Packed:
-        """The arrays, in order. Those that kernels take offsets from are copied: as they were read, they may be the
-        file's memory, and would change with it after they were checked."""
+    def weight(self) -> VNMTensor:
+        """The weight that the arrays make up, checked. Those that kernels take offsets from are copied: as they were
+        read, they may be the file's memory, and would change with it after they were checked."""
         values, *structure = (getattr(self, f"vnm_{name}").detach() for name in self.stored.layout.names)
-        return Packed(values, *(array.clone() for array in structure))
+        return self.stored.weight([values, *(array.clone() for array in structure)])
 
 
 def expect_arrays(model: Any, weights: dict[str, StoredWeight]) -> None:
@@ -249,7 +245,7 @@ def expect_arrays(model: Any, weights: dict[str, StoredWeight]) -> None:
         if tuple(weight.shape) != stored.shape or layer.transposed != stored.transposed:
             raise at_layer(layer.name, f"the files hold {stored}, config.json says {list(weight.shape)}.", BadFile)
         arrays, parameters = _Arrays(weight, stored), layer.module._parameters
-        arrays.before = list(parameters)[list(parameters).index("weight") + 1 :]
+        arrays.following = list(parameters)[list(parameters).index("weight") + 1 :]
         del parameters["weight"]
         layer.module.add_module("weight", arrays)
         layer.module._is_hf_initialized = True  # type: ignore[assignment]
@@ -268,18 +264,17 @@ def take_arrays(model: nn.Module) -> None:
         arrays = layer.module._modules.get("weight")
         if not isinstance(arrays, _Arrays):
             continue
-        packed = arrays.packed()
-        if packed.values.is_meta:
+        if any(array.is_meta for array in arrays.parameters()):
             raise at_layer(layer.name, "its compressed weight was not read, or is offloaded.", BadFile)
         try:
-            weight = VNMTensor._owning(packed, arrays.stored.layout, arrays.stored.transposed)
+            weight = arrays.weight()
         except VNMError as error:
             raise at_layer(layer.name, str(error), BadFile) from error
         del layer.module._modules["weight"]
         parameter = nn.Parameter(weight, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         layer.module.register_parameter("weight", parameter)
-        for name in arrays.before:  # optimizers and their checkpoints know parameters by their order
+        for name in arrays.following:  # optimizers and their checkpoints know parameters by their order
             layer.module._parameters[name] = layer.module._parameters.pop(name)
         set_annotation(layer.module, arrays.stored.layout.spec, layer.name)
 
@@ -328,8 +323,7 @@ class _OnTheFly(ConversionOps):
         """
         if self._error is not None:
             raise self._error
-        layers: Iterable[Layer] = [layer for layer in linear_layers(model) if isinstance(layer.stored, VNMTensor)]
-        for layer in layers:
+        for layer in compressed_layers(model):
             set_annotation(layer.module, layer.stored.spec, layer.name)  # type: ignore[union-attr]
 
 

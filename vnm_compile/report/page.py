@@ -62,7 +62,7 @@ class Page:
             lstrip_blocks=True,
         )
         environment.filters |= {"bytes": decimal, "shown": printable}
-        kernels = self.kernels.kernels if self.kernels else []
+        kernels, measured = self.kernels.kernels if self.kernels else [], self._measured()
         return environment.get_template(_TEMPLATE).render(
             page=self,
             totals=self.explanation.totals,
@@ -71,8 +71,8 @@ class Page:
             calls=self.kernels.library_calls if self.kernels else [],
             target=self._target,
             style=Markup(_highlighting()),
-            plot=Markup(roofline(Roof.of(self._target, self.dtype), self._measured() or self._at_best())),
-            measured=bool(self._measured()),
+            plot=Markup(roofline(Roof.of(self._target, self.dtype), measured or self._at_best())),
+            measured=bool(measured),
         )
 
     def save(self, path: str | Path) -> Path:

@@ -183,8 +183,7 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
     rows_of_warps = config.block_o // 16
     columns_of_warps = -(-config.warps // rows_of_warps)
     return (
-        config.block_o <= largest_block(shape.spec)
-        and config.block_t <= 2 * max(16, shape.tokens)
+        _runs(config, shape, target)
         and _loops(config, shape)
         and config.block_t >= (64 * columns_of_warps if columns_of_warps > 1 else 1)
         and rows_of_warps <= 2 * config.warps
@@ -192,7 +191,6 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
         and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * target.warp_size * config.warps
         and config.registers(shape, target.warp_size) <= _most_registers(config, target)
         and config.registers(shape, target.warp_size) * target.warp_size * config.warps <= target.registers
-        and config.shared_bytes(shape) <= target.shared_bytes
     )
 
 
