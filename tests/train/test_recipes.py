@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from vnm_compile import Spec, VNMError
 from vnm_compile.format import matches
+from vnm_compile.prune.project import project_together
 from vnm_compile.train import SRSTE, FixedMask, MaskDecay, StructureDecay
 from vnm_compile.train.clock import Clock
 from vnm_compile.train.pattern import Pattern
@@ -94,6 +96,20 @@ def test_masks_of_every_frame_keep_what_they_say(spec, grow_v, kind):
         for block in whole.split(pattern.v):
             assert (block.any(0).sum(-1) <= pattern.columns).all()
     assert matches(scores * mask, spec)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern(16, 4, 2, 8), Pattern(1, 4, 2, 4), Pattern(8, 5, 5, 8), Pattern(64, 4, 3, 20)]
+)
+def test_many_weights_at_once_get_the_masks_that_each_would_get(pattern, monkeypatch):
+    weights = [torch.randn(o, k).abs() for o, k in ((64, 128), (33, 17), (8, 8), (1, 1), (130, 260), (64, 128))]
+    each = [pattern.mask(weight) for weight in weights]
+    for most in (1, 5000, 1 << 22):  # alone, by neighbours, all
+        monkeypatch.setattr(sys.modules[project_together.__module__], "_CHUNK_ELEMENTS", most)
+        together = pattern.masks(weights)
+        assert all(torch.equal(ours, alone) for ours, alone in zip(together, each, strict=True))
+        assert all(mask.is_contiguous() for mask in together)
+    assert pattern.masks([]) == []
 
 
 def test_whole_columns_are_those_with_the_largest_sums():

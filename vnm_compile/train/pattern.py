@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from vnm_compile.prune.project import project_columns
+from vnm_compile.prune.project import project_columns, project_together
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 
@@ -32,6 +33,10 @@ class Pattern:
     def mask(self, scores: Tensor) -> Tensor:
         """The mask that keeps the largest sum of `scores` `[O, K]`, as `vnm_compile.prune.project` finds it."""
         return project_columns(scores, self.v, self.columns, self.n, self.m)
+
+    def masks(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of several matrices of one dtype and device, small ones at once."""
+        return project_together(scores, self.v, self.columns, self.n, self.m)
 
     def __str__(self) -> str:
         if self.columns == KEPT_COLUMNS:

@@ -7,13 +7,14 @@ final). It keeps no state, so a run that is taken up again anywhere goes on as i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vnm_compile.errors import BadOption, BadScores
+from vnm_compile.errors import BadOption
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 from vnm_compile.train.pattern import Pattern
 
@@ -77,9 +78,9 @@ class Recipe:
         """The one number that changes with the share: `masked` and `decay` read it. At share 1 it is 0."""
         return 0.0
 
-    def mask(self, weight: Tensor, pattern: Pattern) -> Tensor:
-        """The mask of a weight `[O, K]`: the largest magnitudes that the pattern allows."""
-        return pattern.mask(weight.abs())
+    def masks(self, weights: Sequence[Tensor], pattern: Pattern) -> list[Tensor]:
+        """The masks of weights `[O, K]` without NaN, of one dtype and device: the largest magnitudes."""
+        return pattern.masks([each.abs() for each in weights])
 
     def masked(self, weight: Tensor, mask: Tensor, dial: Tensor) -> Tensor:
         """The weight that the model multiplies by, differentiable in `weight`.
@@ -124,11 +125,9 @@ class FixedMask(Recipe):
         """Always."""
         return True
 
-    def mask(self, weight: Tensor, pattern: Pattern) -> Tensor:
+    def masks(self, weights: Sequence[Tensor], pattern: Pattern) -> list[Tensor]:
         """Where values stand; no place is filled up that the pattern would allow."""
-        if weight.isnan().any():
-            raise BadScores("the weight holds NaN.")
-        return weight != 0
+        return [each != 0 for each in weights]
 
 
 @dataclass(frozen=True)

@@ -208,10 +208,10 @@ class Training:
         due = [layer for layer in self._layers if layer.masked.spec in moving]
         if due:
             share = clock.share(step)
-            masks = [_mask(layer, self.recipe, share) for layer in due]  # all or none
-            changed = sum(int((new != layer.masked.mask).sum()) for new, layer in zip(masks, due, strict=True))
-            self.flips = changed / sum(new.numel() for new in masks)
-            for new, layer in zip(masks, due, strict=True):
+            masks = _masks(due, self.recipe, share)  # all or none
+            changed = sum(int((new != layer.masked.mask).sum()) for layer, new in masks)
+            self.flips = changed / sum(new.numel() for _, new in masks)
+            for layer, new in masks:
                 layer.masked.mask.copy_(new)
         self._turn()
         self.mask_seconds += time.perf_counter() - begin
@@ -219,9 +219,10 @@ class Training:
     def _turn(self) -> None:
         assert self._clock is not None
         dial = self.recipe.dial(self._clock.share(self.step_number)) if self._clock.masks(self.step_number) else 1.0
-        for layer in self._layers:
+        final = self._clock.final(self.step_number)
+        for layer in self._layers:  # always: a state dict may have been loaded
             layer.masked.dial.fill_(dial)
-            layer.masked.final.fill_(self._clock.final(self.step_number))
+            layer.masked.final.fill_(final)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -235,16 +236,22 @@ class Training:
 
 
 @torch.no_grad()
-def _mask(layer: MaskedLayer, recipe: Recipe, share: float) -> Tensor:
-    masked = layer.masked
-    weight = masked.as_stored(layer.pruned() if recipe.keeps_zeros else layer.weight())
-    try:
-        mask = recipe.mask(weight, recipe.pattern(masked.spec, share))
-    except BadScores as error:
-        raise at_layer(
-            layer.name, f"its masks cannot be chosen: {error} (has the loss become NaN?)", BadScores
-        ) from error
-    return masked.as_stored(mask)
+def _masks(layers: list[MaskedLayer], recipe: Recipe, share: float) -> list[tuple[MaskedLayer, Tensor]]:
+    """The next masks as the layers store them."""
+    alike: dict[Any, list[tuple[MaskedLayer, Tensor]]] = {}
+    for layer in layers:
+        weight = layer.masked.as_stored(layer.pruned() if recipe.keeps_zeros else layer.weight())
+        if weight.isnan().any():
+            raise at_layer(
+                layer.name, "its weight holds NaN, so there is no mask for it; has the loss become NaN?", BadScores
+            )
+        pattern = recipe.pattern(layer.masked.spec, share)
+        alike.setdefault((pattern, weight.dtype, weight.device), []).append((layer, weight))
+    masks = []
+    for (pattern, *_), group in alike.items():
+        found = recipe.masks([weight for _, weight in group], pattern)
+        masks += [(layer, layer.masked.as_stored(mask)) for (layer, _), mask in zip(group, found, strict=True)]
+    return masks
 
 
 def _chosen(
