@@ -149,12 +149,14 @@ def test_the_clock():
 
 def test_it_never_ends_without_the_final_mask():
     """Whatever the shares: beta 0, the final pattern, and a mask computed for it."""
-    for recipe in (MaskDecay(decay="linear"), MaskDecay(), StructureDecay(kind="geometric"), SRSTE(), FixedMask()):
+    for recipe in (MaskDecay(decay="linear"), MaskDecay(), StructureDecay(kind="geometric"), SRSTE()):
         for steps in (7, 100, 1001):
             clock = Clock.of(recipe, steps, [SPEC])
             assert recipe.dial(clock.share(clock.last)) == 0
             assert recipe.pattern(SPEC, clock.share(clock.last)) == Pattern.of(SPEC)
             assert clock.recomputes(clock.last, SPEC)
+    fixed = Clock.of(FixedMask(), 100, [SPEC])
+    assert [step for step in range(101) if fixed.recomputes(step, SPEC)] == [0]
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,22 @@ def test_a_fixed_mask_keeps_zeros_that_the_pattern_would_allow_values_for():
     assert torch.equal(net[0].weight == 0, zeros)
 
 
+@pytest.mark.parametrize("now", [False, True])
+def test_a_fixed_mask_stays_where_an_optimizer_moves_what_is_outside_of_it(now):
+    """Moments of a phase before the pruning go on moving weights that get no gradient any more."""
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    run(net, optimizer, batches(5))
+    vnm.sparsify(net, SPEC, progress=False)
+    zeros = net[0].weight == 0
+    train.begin(net, SPEC, train.FixedMask(every=2), 9, optimizer=optimizer)
+    run(net, optimizer, batches(8 if now else 9))
+    assert (net[0].parametrizations.weight.original[zeros] != 0).any(), "the test shows nothing"
+    assert torch.equal(net[0].parametrizations.weight[0].mask, ~zeros)
+    vnm.finalize(net, now=now)
+    assert torch.equal(net[0].weight == 0, zeros)
+
+
 def test_a_decay_that_follows_the_optimizer_is_not_left_out_silently():
     training = train.begin(model(), SPEC, train.SRSTE(decoupled=True))
     with pytest.raises(BadOption, match="optimizer="):
@@ -256,6 +272,19 @@ def test_a_loss_that_becomes_nan_is_told_at_the_next_mask(recipe):
     with pytest.raises(BadScores, match=r"^2: .*NaN"):
         training.step()
     assert training.step_number == 0
+
+
+@pytest.mark.parametrize(("dense", "fixed", "at"), [(0.9, 0.0, 4), (0.0, 0.9, 16)], ids=["dense", "fixed"])
+def test_nan_is_told_where_masks_do_not_move(dense, fixed, at):
+    net = model()
+    training = train.begin(net, SPEC, train.MaskDecay(dense=dense, fixed=fixed, every=3), STEPS)
+    for _ in range(at):
+        training.step()
+    with torch.no_grad():
+        net[2].parametrizations.weight.original[3, 4] = torch.nan
+    training.step()
+    with pytest.raises(BadScores, match=r"^2: .*NaN"):
+        training.step()
 
 
 def test_the_end_cannot_come_before_the_recipes():

@@ -56,8 +56,14 @@ class Clock:
         """Whether masks are final."""
         return step >= self.last
 
+    def looks(self, step: int) -> bool:
+        """Whether weights are looked at for NaN, in whatever phase."""
+        return step % self.recipe.every == 0
+
     def recomputes(self, step: int, spec: Spec) -> bool:
         """Whether a layer's mask is recomputed for this step."""
+        if self.recipe.keeps_zeros:  # an optimizer with momentum goes on moving what is outside of a mask
+            return step == self.first
         if not self.masks(step) or step > self.last:
             return False
         if step in (self.first, self.last) or (step - self.first) % self.recipe.every == 0:

@@ -59,6 +59,6 @@ def _kept(layer: MaskedLayer) -> Tensor:
     """The weight with zeros where the final mask has them."""
     weight, masked = layer.weight(), layer.masked
     mask = masked.mask
-    if not bool(masked.final):
+    if not (bool(masked.final) or masked.recipe.keeps_zeros):
         mask = masked.as_stored(Pattern.of(masked.spec).mask(masked.as_stored(weight).abs()))
     return torch.where(mask, weight, 0)

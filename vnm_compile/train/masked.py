@@ -85,6 +85,11 @@ class MaskedLayer:
         """The whole weight before the mask, as the layer stores it; without gradient, not to be written."""
         return _whole(self.parameter)  # type: ignore[arg-type]
 
+    def holds_nan(self) -> bool:
+        """Whether one of the layer's trained parameters does; of a sharded one, the part that is here."""
+        trained = (each for each in self.module.parameters() if each.requires_grad)
+        return any(bool(_local(each.detach()).isnan().any()) for each in trained)
+
     def pruned(self) -> Tensor:
         """The weight whose zeros are those of the pattern, where the layer was pruned before."""
         return self.weight()
@@ -132,6 +137,10 @@ def _same_recipe(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
             raise at_layer(
                 layer.name, "its masks in this state dict are of another recipe or pattern than this run's.", BadOption
             )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
 
 
 def _whole(weight: Tensor) -> Tensor:

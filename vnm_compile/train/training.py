@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vnm_compile.annotate import ANY_SIZE, Selector, select_layers
 from vnm_compile.checks import check_usable
-from vnm_compile.errors import BadOption, BadScores, NothingSelected, UnsupportedWeight, at_layer
+from vnm_compile.errors import BadOption, BadScores, NothingSelected, UnsupportedWeight, VNMError, at_layer
 from vnm_compile.format import check_pattern, detect
 from vnm_compile.layers import Layer, check_module
 from vnm_compile.spec import Spec
@@ -203,6 +203,10 @@ class Training:
         clock, begin = self._clock, time.perf_counter()
         assert clock is not None
         step = self.step_number
+        if clock.looks(step):
+            for layer in self._layers:
+                if layer.holds_nan():
+                    raise _nan(layer)
         specs = {layer.masked.spec for layer in self._layers}
         moving = {spec for spec in specs if clock.recomputes(step, spec)}
         due = [layer for layer in self._layers if layer.masked.spec in moving]
@@ -242,9 +246,7 @@ def _masks(layers: list[MaskedLayer], recipe: Recipe, share: float) -> list[tupl
     for layer in layers:
         weight = layer.masked.as_stored(layer.pruned() if recipe.keeps_zeros else layer.weight())
         if weight.isnan().any():
-            raise at_layer(
-                layer.name, "its weight holds NaN, so there is no mask for it; has the loss become NaN?", BadScores
-            )
+            raise _nan(layer)
         pattern = recipe.pattern(layer.masked.spec, share)
         alike.setdefault((pattern, weight.dtype, weight.device), []).append((layer, weight))
     masks = []
@@ -252,6 +254,10 @@ def _masks(layers: list[MaskedLayer], recipe: Recipe, share: float) -> list[tupl
         found = recipe.masks([weight for _, weight in group], pattern)
         masks += [(layer, layer.masked.as_stored(mask)) for (layer, _), mask in zip(group, found, strict=True)]
     return masks
+
+
+def _nan(layer: MaskedLayer) -> VNMError:
+    return at_layer(layer.name, "its weight holds NaN, so there is no mask for it; has the loss become NaN?", BadScores)
 
 
 def _chosen(
