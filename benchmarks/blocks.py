@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 
 class EncoderBlock(nn.Module):
-    """An encoder block as BERT's (norms after) and, with `pre_norm`, ViT's and DeiT's (norms before)."""
+    """A block as BERT's (norms after) and, with `pre_norm`, ViT's and DeiT's (norms before); `causal`, GPT's."""
 
-    def __init__(self, hidden: int, intermediate: int, heads: int, pre_norm: bool = False) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, heads: int, pre_norm: bool = False, causal: bool = False
+    ) -> None:
         super().__init__()
-        self.heads, self.pre_norm = heads, pre_norm
+        self.heads, self.pre_norm, self.causal = heads, pre_norm, causal
         self.attention_norm, self.mlp_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
         self.up, self.down = nn.Linear(hidden, intermediate), nn.Linear(intermediate, hidden)
@@ -26,9 +28,9 @@ class EncoderBlock(nn.Module):
         return self.mlp_norm(x + self.mlp(x))
 
     def attention(self, x: Tensor) -> Tensor:
-        """Every token attends to every token."""
+        """Every token attends to every token or, causal, to those before it."""
         q, k, v = (each(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
     def mlp(self, x: Tensor) -> Tensor:
         """Two linears and a GELU."""

@@ -1,7 +1,8 @@
-"""Every recipe against every other at equal steps: `python -m benchmarks.training [--seeds 3] [--write]`.
+"""Every recipe against every other at equal steps: `python -m benchmarks.training [--task text] [--write]`.
 
-A small ViT on the handwritten digits that come with scikit-learn (1,797 images of 8 x 8), from random weights. Each run
-has the same steps, batches and learning rates; only how the model gets into the pattern differs.
+A small ViT on the handwritten digits that come with scikit-learn, or a small GPT on the documentation that comes with
+Python, from random weights. Each run has the same steps, batches and learning rates; only how the linears of the
+blocks get into the pattern differs.
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import vnm_compile as vnm
-from benchmarks.blocks import EncoderBlock
 from benchmarks.report import replace_between
+from benchmarks.training_tasks import TASKS, Task
 from vnm_compile import train
 from vnm_compile.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SPEC, BATCH, RATE, HELD_OUT = "64:2:8", 64, 1e-3, 500
+SPEC, RATE = "64:2:8", 1e-3
+PRUNED_AT = 0.4  # share of the steps, where a run is pruned in one shot and goes on
 MASKED = {"dense": 0.25, "fixed": 0.15}
 
 Recipes = dict[str, train.Recipe | None]
@@ -47,25 +47,9 @@ RECIPES: Recipes = {
 }
 
 
-class ViT(nn.Module):
-    """16 patches of 2 x 2 pixels, 3 blocks of 128 channels."""
-
-    def __init__(self, width: int = 128, depth: int = 3) -> None:
-        super().__init__()
-        self.embed = nn.Linear(4, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks = nn.Sequential(*(EncoderBlock(width, 4 * width, 4, pre_norm=True) for _ in range(depth)))
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images [batch, 8, 8] to logits [batch, 10]."""
-        patches = images.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)
-        return self.head(self.blocks(self.embed(patches) + self.positions).mean(1))
-
-
 @dataclass(frozen=True)
 class Run:
-    """What came of one run: accuracy and loss on held-out images, losses along the way, share of the time for masks."""
+    """What came of one run: accuracy and loss on held-out data, losses along the way, share of the time for masks."""
 
     accuracy: float
     loss: float
@@ -73,36 +57,21 @@ class Run:
     mask_share: float
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, then those held out, another split for each seed."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32) / 16
-    labels, order = (
-        torch.tensor(found.target),
-        torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)),
-    )
-    kept, held = order[HELD_OUT:], order[:HELD_OUT]
-    return images[kept], labels[kept], images[held], labels[held]
-
-
-def run(name: str, seed: int, steps: int, moved: Callable[[], None] = lambda: None) -> Run:
+def run(name: str, task: type[Task], seed: int, steps: int, moved: Callable[[], None] = lambda: None) -> Run:
     """Train one model."""
     torch.manual_seed(seed)
-    images, labels, held, expected = digits(seed)
-    model, recipe = ViT(), RECIPES[name]
+    work = task(seed)
+    model, recipe = work.model(), RECIPES[name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    training, begins = None, int(0.4 * steps) if isinstance(recipe, train.FixedMask) else 0
+    training, begins = None, int(PRUNED_AT * steps) if isinstance(recipe, train.FixedMask) else 0
     curve = []
     for step in range(steps):
         if recipe is not None and step == begins:
             if begins:
-                vnm.sparsify(model, SPEC, progress=False)
-            training = train.begin(model, SPEC, recipe, steps - begins, optimizer=optimizer)
-        chosen = torch.randint(len(images), (BATCH,))
-        loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+                vnm.sparsify(model, SPEC, include="blocks", progress=False)
+            training = train.begin(model, SPEC, recipe, steps - begins, optimizer=optimizer, include="blocks")
+        loss = work.loss(model)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,12 +81,9 @@ def run(name: str, seed: int, steps: int, moved: Callable[[], None] = lambda: No
     if training is not None:
         training.finalize()
     elif name != "dense":
-        vnm.sparsify(model, SPEC, progress=False)
-    model.eval()
-    with torch.no_grad():
-        logits = model(held)
-    accuracy = (logits.argmax(1) == expected).float().mean().item()
-    return Run(accuracy, F.cross_entropy(logits, expected).item(), curve, training.mask_share if training else 0.0)
+        vnm.sparsify(model, SPEC, include="blocks", progress=False)
+    loss_held, accuracy = work.judge(model.eval())
+    return Run(accuracy, loss_held, curve, training.mask_share if training else 0.0)
 
 
 def table(runs: dict[str, list[Run]]) -> str:
@@ -131,7 +97,7 @@ def table(runs: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: dict[str, list[Run]], path: Path) -> None:
+def plot(runs: dict[str, list[Run]], title: str, path: Path) -> None:
     """Training losses, averaged over seeds and 50 steps."""
     import matplotlib
 
@@ -146,38 +112,50 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("training loss")
-    axes.set_title(f"A small ViT on digits on its way to {SPEC}", fontsize=10)
+    axes.set_title(f"{title} on its way to {SPEC}", fontsize=10)
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
+def write(task: str, runs: dict[str, list[Run]], about: dict[str, Any]) -> None:
+    """Results as JSON, the plot, and the table in the docs."""
+    figures = {
+        name: [vars(each) | {"curve": [round(loss, 5) for loss in each.curve[::25]]} for each in r]
+        for name, r in runs.items()
+    }
+    (RESULTS / f"training_{task}.json").write_text(json.dumps({**about, "runs": figures}, indent=1) + "\n")
+    plot(runs, TASKS[task].title, RESULTS / f"training_{task}.png")
+    seeds = len(next(iter(runs.values())))
+    where = "({cpu}; {threads} threads; torch {torch}; ".format(**about["machine"])
+    text = f"{table(runs)}\n\n{where}{about['steps']} steps, {seeds} seeds: mean ± standard deviation)"
+    replace_between(ROOT / "docs" / "training.md", f"training {task}", text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--task", choices=list(TASKS), default="digits")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of each run")
-    parser.add_argument("--only", action="append", metavar="RECIPE", help="one recipe (repeatable)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument("--only", action="append", metavar="RECIPE", choices=list(RECIPES), help="one (repeatable)")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results and docs/training.md")
     options = parser.parse_args()
     logging.getLogger("torch").setLevel(logging.ERROR)
-    names, runs, start = options.only or list(RECIPES), {}, time.perf_counter()
+    names, start = options.only or list(RECIPES), time.perf_counter()
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     with Progress() as progress:
         bar = progress.add_task("training", total=len(names) * options.seeds * options.steps)
-        for name in names:
-            progress.update(bar, description=name)
-            runs[name] = [
-                run(name, seed, options.steps, lambda: progress.advance(bar)) for seed in range(options.seeds)
-            ]
+        for seed in range(options.seeds):
+            for name in names:
+                progress.update(bar, description=f"{name}, seed {seed}")
+                made = run(name, TASKS[options.task], seed, options.steps, lambda: progress.advance(bar))
+                runs[name].append(made)
+                progress.console.print(f"seed {seed}, {name}: accuracy {made.accuracy:.4f}, loss {made.loss:.4f}")
     print(table(runs))
     if options.write:
-        figures: dict[str, Any] = {
-            name: [vars(each) | {"curve": each.curve[::25]} for each in r] for name, r in runs.items()
-        }
         about = {"machine": machine(), "steps": options.steps, "seconds": time.perf_counter() - start}
-        (RESULTS / "training.json").write_text(json.dumps({**about, "runs": figures}, indent=1) + "\n")
-        plot(runs, RESULTS / "training.png")
-        replace_between(ROOT / "docs" / "training.md", "training digits", table(runs))
+        write(options.task, runs, about)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
 from vnm_compile.spec import Spec
+
+
+def with_slow(values: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Values to parametrize with: those in `quick` in every run, the others, which repeat much of it, marked slow."""
+    return [each if each in quick else pytest.param(each, marks=pytest.mark.slow) for each in values]
 
 
 def random_sparse(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import vnm_compile as vnm
-from tests.support import make_sparse_, random_sparse
+from tests.support import make_sparse_, random_sparse, with_slow
 
 SPARSE = {"vnm.policy": "memory"}
 
@@ -71,7 +71,7 @@ def test_a_process_that_imports_only_torch():
     assert result.stdout.strip() == "right", result.stderr
 
 
-@pytest.mark.parametrize("dynamic", [*(pytest.param(each, marks=pytest.mark.slow) for each in (None, True)), False])
+@pytest.mark.parametrize("dynamic", with_slow([None, True, False], quick=[False]))
 def test_shapes(dynamic):
     model = block()
     run = compiled(model, dynamic=dynamic, fullgraph=True)
@@ -89,7 +89,10 @@ def test_dynamic_shapes_compile_once():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize(
+    "mode",
+    with_slow(["default", "reduce-overhead", "max-autotune-no-cudagraphs"], quick=["default", "reduce-overhead"]),
+)
 def test_modes(mode):
     model = block()
     agree(model, torch.compile(model, backend="vnm", mode=mode), torch.randn(2, 5, 64))
@@ -118,6 +121,7 @@ def test_options_are_checked(options, message):
         torch.compile(block(), backend="vnm", options=options)(torch.randn(1, 64))
 
 
+@pytest.mark.slow
 def test_inductors_options_pass_through():
     with pytest.raises(Exception, match="no_such_option"), torch.no_grad():
         torch.compile(block(), backend="vnm", options={**SPARSE, "no_such_option": 1})(torch.randn(1, 1, 64))
@@ -188,7 +192,7 @@ class TestNeverStale:
 
         self.check(change)
 
-    @pytest.mark.parametrize("dynamic", [None, True])
+    @pytest.mark.parametrize("dynamic", with_slow([None, True], quick=[None]))
     def test_a_weight_that_loses_its_pattern_runs_dense(self, dynamic):
         model = block()
         run = compiled(model, dynamic=dynamic)

@@ -8,6 +8,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
     import sys
     import torch
@@ -36,6 +38,7 @@ def hits(folder: Path, seed: int, version: str) -> int:
     return int(result.stdout.split()[-1])
 
 
+@pytest.mark.slow
 def test_a_second_process_starts_warm_and_right(tmp_path):
     assert hits(tmp_path, seed=0, version="one") == 0
     assert hits(tmp_path, seed=1, version="one") > 0, "other weights, same code: from the cache"

@@ -150,6 +150,7 @@ def test_compiled(backend):
             torch.testing.assert_close(compiled(x), dense(x))
 
 
+@pytest.mark.slow
 def test_memory_really_falls():
     """Measured where users measure it: resident memory of the process, and the bytes of the parameters."""
     script = """

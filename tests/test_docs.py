@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.support import with_slow
 from vnm_compile.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "docs/getting_started.md", "docs/inspect.md", "docs/checkpoints.md", "docs/faq.md"]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", with_slow(PAGES, quick=("README.md", "docs/faq.md")))
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     """In an empty directory, but for the model that the README downloads."""
     blocks = re.findall(r"^```(python|console)\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)

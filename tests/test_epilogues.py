@@ -57,7 +57,11 @@ def everything_returned(steps):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "dynamic"),
-    [((2, 5, 64), torch.float32, None), ((1, 1, 64), torch.bfloat16, None), ((2, 40, 64), torch.float32, True)],
+    [
+        ((2, 5, 64), torch.float32, None),
+        ((1, 1, 64), torch.bfloat16, None),
+        pytest.param((2, 40, 64), torch.float32, True, marks=pytest.mark.slow),
+    ],
     ids=["few tokens", "one token", "many tokens"],
 )
 def test_results_read_in_another_order(shape, dtype, dynamic):
@@ -110,6 +114,7 @@ def test_what_may_be_fused_is():
     assert code.count("async_compile.cpp") == 1
 
 
+@pytest.mark.slow
 def test_random_programs():
     torch.manual_seed(2)
     x = torch.randn(2, 5, 64) * 0.5

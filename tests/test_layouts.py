@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import vnm_compile as vnm
-from tests.support import assert_as_accurate_as_dense, make_sparse_, random_sparse
+from tests.support import assert_as_accurate_as_dense, make_sparse_, random_sparse, with_slow
 from vnm_compile.layout import Layout
 from vnm_compile.ops import linear
 from vnm_compile.spec import Spec
@@ -62,6 +62,7 @@ def check(model: nn.Module, compiled, *inputs: torch.Tensor) -> None:
             assert_as_accurate_as_dense(ours, dense, exact, slack=1.5)
 
 
+@pytest.mark.slow
 def test_views_of_an_input():
     model = OverViews(lambda x: x, VIEWS)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_views_in_another_dtype():
         torch.testing.assert_close(actual, (model.layer(x[1:]), model.layer(x + 1)))
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", with_slow([None, True], quick=[None]), ids=["static", "dynamic"])
 def test_inputs_that_arrive_as_views(dynamic):
     """Also no tokens at all, and one token or one batch whose stride means nothing."""
     model = OverViews()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 for name in ("rich", "safetensors", "scipy", "matplotlib", "typer", "transformers", "peft"):
@@ -46,6 +48,7 @@ def test_inductor_is_imported_when_something_compiles():
     assert result.stdout == "late\n", result.stderr
 
 
+@pytest.mark.slow
 def test_optional_packages_are_optional():
     result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert result.stdout == "compiled and inspected\n", result.stderr

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from vnm_compile.passes import PASSES
 
 CODE = """
@@ -25,6 +27,7 @@ def run(**variables):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_torch_logs_show_decisions_and_units():
     log = run(TORCH_LOGS="+vnm_compile")
     assert "16:2:8 (" in log

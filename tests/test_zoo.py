@@ -11,6 +11,7 @@ import transformers as hf
 from torch import nn
 
 import vnm_compile as vnm
+from tests.support import with_slow
 from vnm_compile.layers import linear_layers
 
 SPARSE = {"vnm.policy": "memory"}
@@ -74,12 +75,10 @@ DENSE = {
 
 
 # One of each kind; the others repeat what these have.
-FIRST = ("bert", "llama", "mixtral")
+FIRST = ("bert", "llama")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
-)
+@pytest.mark.parametrize("name", with_slow(ZOO, quick=FIRST))
 def test_zoo(name):
     torch.manual_seed(0)
     make, make_inputs = ZOO[name]
@@ -129,6 +128,7 @@ def test_transformer_encoder(fastpath):
         assert names[f"layers.1.{linear}"].decision == ("dense" if fastpath else "sparse")
 
 
+@pytest.mark.slow
 def test_generate_with_a_static_cache():
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)).eval()

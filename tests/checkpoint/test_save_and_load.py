@@ -416,6 +416,7 @@ def test_a_progress_bar_needs_a_terminal(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_in_a_new_process(tmp_path):
     vnm.save(compressed(), tmp_path / "model")
     code = """

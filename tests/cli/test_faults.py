@@ -300,6 +300,7 @@ def test_spec_strings(model, spec):
     assert not (model.parent / "out").exists()
 
 
+@pytest.mark.slow
 def test_as_a_process_errors_go_to_stderr(model):
     command = [sys.executable, "-m", "vnm_compile.cli", "explain", "no/such-model"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -86,6 +86,7 @@ def test_compare_model():
     assert "measured, whole model" in text
 
 
+@pytest.mark.slow
 def test_inspect_a_config_alone(config, tmp_path):
     given = ("--blocks", 1, "--spec", "16:2:8", "--length", 8, "--target", "sm_90", "--save", tmp_path / "out")
     report = json.loads(run("inspect", config, *given, "--json"))

@@ -98,6 +98,7 @@ def test_prune_llama_by_the_module(tmp_path, llama, text):
     assert not (out / "pytorch_model.bin").exists(), "other copies of the dense weights are left behind"
 
 
+@pytest.mark.slow
 def test_permute_keeps_what_the_model_computes_but_for_what_is_pruned(tmp_path, llama, text):
     out = tmp_path / "sparse"
     arguments = [

@@ -15,7 +15,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 import vnm_compile as vnm
-from tests.support import make_sparse_
+from tests.support import make_sparse_, with_slow
 from vnm_compile.hardware import TARGETS
 from vnm_compile.inspection.kernel import TOKENS
 from vnm_compile.layout import Layout
@@ -33,10 +33,7 @@ TENSOR_CORE = {
 }
 
 # One target of each kind of code in `make test`, those that get the same with `make test-slow`.
-EVERY_TARGET = [
-    pytest.param(name, marks=() if name in ("sm_80", "sm_90", "sm_100", "gfx942") else pytest.mark.slow)
-    for name in TARGETS
-]
+EVERY_TARGET = with_slow(TARGETS, quick=("sm_90", "sm_100", "gfx942"))
 
 
 def feed_forward(width: int = 512, hidden: int = 1024, spec: str = "64:2:8", dtype: torch.dtype = torch.bfloat16):
@@ -88,7 +85,7 @@ def test_sparse_kernels_for_every_target(target):
 @pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
 @pytest.mark.parametrize(
     "spec",
-    ["64:2:8", "32:2:5", *(pytest.param(spec, marks=pytest.mark.slow) for spec in ("128:2:16", "16:2:4", "64:1:8"))],
+    with_slow(["64:2:8", "32:2:5", "128:2:16", "16:2:4", "64:1:8"], quick=["64:2:8"]),
 )
 def test_nothing_spills_from_decode_to_prefill(spec, tokens):
     # 820 groups of 5 have rows of 410 bytes of metadata, which only aligned rows load well.
@@ -102,6 +99,7 @@ def test_nothing_spills_from_decode_to_prefill(spec, tokens):
     assert 16 in wide
 
 
+@pytest.mark.slow
 def test_a_bert_layer():
     report = vnm.inspect(bert_layer(), torch.randn(2, 64, 256, dtype=torch.bfloat16), target="sm_90")
     # q, k and v are one; each of the others takes its bias along, the first of the feed-forward its activation.
@@ -131,10 +129,8 @@ def test_a_llama_layer():
     assert report.kernels[position + 1] is report.sparse[3]
 
 
-@pytest.mark.parametrize(
-    "target", ["sm_90", *(pytest.param(each, marks=pytest.mark.slow) for each in ("sm_80", "sm_100"))]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", with_slow(["sm_90", "sm_80", "sm_100"], quick=["sm_90"]))
+@pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16], quick=[torch.bfloat16]), ids=str)
 def test_narrow_layers_do_not_spill(dtype, target):
     for width in (64, 192, 256):
         layer = make_sparse_(nn.Linear(width, 192), "64:2:8").to(dtype).eval()
@@ -258,6 +254,7 @@ def test_nothing_of_the_model_changes():
     assert torch.cuda.is_available() == gpu
 
 
+@pytest.mark.slow
 def test_a_wrapper_in_cpp_shows_the_same_kernels():
     model, x = feed_forward(), torch.randn(48, 512, dtype=torch.bfloat16)
     options = {"cpp_wrapper": True}

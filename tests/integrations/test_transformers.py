@@ -197,6 +197,7 @@ def test_layers_that_stay_in_single_precision(tmp_path):
     assert {name: parameter.dtype for name, parameter in fly.named_parameters()} == dtypes
 
 
+@pytest.mark.slow
 def test_saving_over_the_directory_that_it_was_loaded_from(tmp_path):
     """Weights that were read may be the file's memory."""
     model = pruned("llama")

@@ -13,7 +13,8 @@ def test_a_second_process_starts_warm():
     assert (compiled, equal, added) == (0, True, 0)
 
 
-@pytest.mark.parametrize("how", [processes.forked, pytest.param(processes.spawned, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [processes.forked, processes.spawned])
 def test_children(how):
     assert how()
 
@@ -23,6 +24,7 @@ def test_cut_files_of_ours_are_no_harm():
     assert processes.cut_files() == 0
 
 
+@pytest.mark.slow
 def test_rounds_of_compile_and_reset_leave_nothing():
     _, kept = processes.rounds(6)
     assert kept == 0

@@ -15,8 +15,13 @@ from tests.fuzz.run import replay
 CASES = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem.startswith("case_"))
 
 
+SLOW = ("siblings_saved_for_backward_in_dynamic_shapes", "to_after_dynamic_compiling_compressed")
+"""Those that take tens of seconds."""
+
+
 def case(path: Path):
-    return pytest.param(path, id=path.stem.removeprefix("case_"))
+    name = path.stem.removeprefix("case_")
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
 
 
 @pytest.mark.parametrize("path", [case(path) for path in CASES])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from tests.support import assert_as_accurate_as_dense, make_sparse_, random_sparse
+from tests.support import assert_as_accurate_as_dense, make_sparse_, random_sparse, with_slow
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.format import pack
 from vnm_compile.layout import Layout
@@ -45,8 +45,8 @@ def operands(spec, out_features, in_features, dtype):
 
 
 def quick(i, dtype):
-    """Whether a case runs in every run: the first in each dtype, the others in fp32 and bf16 by turns, some in fp16."""
-    return i == 0 or {torch.float32: i % 2 == 0, torch.bfloat16: i % 2 == 1, torch.float16: i % 4 == 3}[dtype]
+    """Whether a case runs in every run: the first in each dtype, the others in fp32, bf16 and fp16 by turns."""
+    return i == 0 or i % 3 == (torch.float32, torch.bfloat16, torch.float16).index(dtype)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_linear_is_as_accurate_as_dense(spec, out_features, in_features, dtype):
 
 
 @pytest.mark.parametrize("bits", [256, 1], ids=["AVX2", "portable"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16], quick=[torch.bfloat16]), ids=str)
 def test_other_instruction_sets(bits, dtype):
     """What older x86 and other machines run; simdlen is Inductor's own switch for the vector width."""
     for text, out_features, in_features in (("32:2:5", 100, 203), ("16:1:8", 40, 70)):
@@ -90,7 +90,7 @@ def test_other_instruction_sets(bits, dtype):
             assert_as_accurate_as_dense(run(x, *packed), nn.functional.linear(x, weight), reference)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", with_slow(ACTIVATIONS, quick=("silu", "gelu_tanh")))
 def test_gated(name):
     spec = Spec(32, 2, 8)
     gate, up = (random_sparse(50, 90, spec, seed=seed) * 0.3 for seed in (0, 1))

@@ -49,6 +49,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 def test_activations_of_any_layout(interpreter):
     """Views made in the graph, of an input that is itself a view."""
     pattern, _, packed, weight = case(str(SPEC), 1, 48, 64, torch.float16)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import vnm_compile as vnm
+from tests.support import with_slow
 from vnm_compile.annotate import annotation_of
 from vnm_compile.prune.permutation import Use, search
 from vnm_compile.prune.permutation.search import retained
@@ -135,7 +136,7 @@ def weight(layer):
 
 
 @pytest.mark.parametrize("conv1d", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", vnm.prune.METHODS)
+@pytest.mark.parametrize("method", with_slow(vnm.prune.METHODS, quick=("magnitude", "second_order")))
 def test_permute_keeps_more_of_every_layer_and_lowers_its_error(method, conv1d):
     def prune(permute):
         pruned = Gelu(conv1d)
@@ -155,6 +156,7 @@ def test_permute_keeps_more_of_every_layer_and_lowers_its_error(method, conv1d):
     assert "kept permuted" not in str(unpermuted)
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_pruned_move_along():
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -274,6 +276,7 @@ def test_a_weight_with_both_its_sides_in_one_order_stays():
     assert report.layers[0].importance_before == report.layers[0].importance_after
 
 
+@pytest.mark.slow
 def test_a_permuted_run_goes_on_from_its_checkpoint(tmp_path):
     class Interrupted(Gelu):
         calls = 1000
