@@ -23,6 +23,8 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 import torch
 import torch._inductor.config
 
+from tests.support import CHROMIUM
+
 # Tests that may be skipped in CI: those that need a GPU. A job that skips more than these must not pass.
 ALLOWED_SKIPS_IN_CI = 0
 
@@ -57,13 +59,12 @@ def pytest_report_header() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the GPU tests out where there is no GPU: deselected, so that a skip always means something."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    """Leave tests out whose GPU or browser is not there: deselected, so that a skip always means something."""
+    here = {"gpu": torch.cuda.is_available(), "browser": CHROMIUM is not None}
+    out = [item for item in items if any(not here[name] and item.get_closest_marker(name) for name in here)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
 
 
 OPTIMISED = ("codegen/", "inspection/", "benchmarks/", "test_docs.py", "test_backend.py", "test_epilogues.py")

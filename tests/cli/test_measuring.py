@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig, Wav
 
 import vnm_compile as vnm
 from tests.cli.test_prune_and_explain import one_line, run
+from tests.support import CHROMIUM
 from vnm_compile.cli.inputs import example_inputs
 from vnm_compile.cli.models import sparse_model
 from vnm_compile.comparison import compare_model
@@ -212,11 +212,8 @@ def test_names_from_outside_are_text():
     assert "&lt;i&gt;title&lt;/i&gt;" in text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.browser
 def test_report_in_a_browser(page, tmp_path):
     """It renders: the document after scripts and layout holds what it should, and the picture is no blank one."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,2000"]
