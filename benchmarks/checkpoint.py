@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import vnm_compile as vnm
+from benchmarks.memory import Peak, owned
 from vnm_compile.layout import Layout
 from vnm_compile.machine import machine
 
@@ -32,25 +32,6 @@ CONFIG = BertConfig(
     vocab_size=2000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16
 )
 WAYS = ("dense", "compressed", "compressed on load", "vnm.load")
-
-
-def owned() -> int:
-    """Bytes of memory that this process owns."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
-
-
-class Peak(threading.Thread):
-    """The most memory that is owned while it runs."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.most, self.done = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.done.is_set():
-            self.most = max(self.most, owned())
-            time.sleep(0.0005)
 
 
 def measure(way: str, folder: Path) -> dict[str, float]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vnm_compile.spec import Spec
 
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
