@@ -158,7 +158,7 @@ def memory(kind: str) -> dict[str, float]:
     peak.done.set()
     peak.join()
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
-    masks = sum(each.numel() for each in model.buffers() if each.dtype == torch.bool)
+    masks = sum(each.numel() for each in model.buffers() if each.dtype == torch.bool and each.dim())
     return {"peak": peak.most - before, "weights": weights, "masks": masks}
 
 
