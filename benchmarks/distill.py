@@ -1,16 +1,19 @@
 """The real MiniLM, pruned and drawn back to its dense self: `python -m benchmarks.distill [--steps 900] [--write]`.
 
 All linears of the encoder are pruned with second-order information and trained with fixed masks on the hidden states
-and the embeddings of the dense model. General English is the glosses of WordNet (Debian's package wordnet-base): most
-are trained on, others are held out to judge by, and so is Python's documentation, of which nothing is trained on. Two
-figures each: the mean cosine similarity of embeddings to the dense ones, and how well the similarities of all pairs of
-texts agree with the dense model's (Pearson's correlation).
+and the embeddings of the dense model. Two kinds of text are trained and calibrated on by turns: general English, the
+glosses of WordNet (Debian's package wordnet-base), and documentation, that of Python and the docstrings of its library.
+Of both, other texts are held out to judge by (`--docs none` trains on glosses only). Two figures each: the mean cosine
+similarity of embeddings to the dense ones, and how well the similarities of all pairs of texts agree with the dense
+model's (Pearson's correlation).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -56,9 +59,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is trained on, calibrated on and judged by."""
+    """What is trained on (glosses, documentation; the latter may be none), calibrated on and judged by."""
 
     training: list[str]
+    training_docs: list[str]
     calibration: list[dict[str, Tensor]]
     general: list[dict[str, Tensor]]
     docs: list[dict[str, Tensor]]
@@ -78,7 +82,30 @@ def glosses() -> list[str]:
     return found
 
 
-def texts(tokenizer: Any) -> Texts:
+def documentation() -> tuple[list[str], list[str]]:
+    """Paragraphs of Python's documentation: 256 to judge by, and the others, with the docstrings of its library."""
+    paragraphs = dict.fromkeys(each.strip() for text in topics.values() for each in text.split("\n\n"))
+    long = [each for each in paragraphs if len(each) > 150]
+    held = long[:: max(1, len(long) // 256)][:256]
+    return held, [*(each for each in long if each not in set(held)), *docstrings()]
+
+
+def docstrings() -> list[str]:
+    """Those of Python's library that are a paragraph at least."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if {"site-packages", "test", "tests", "idlelib", "pydoc_data"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    return [each for each in dict.fromkeys(found) if len(each) > 150]
+
+
+def texts(tokenizer: Any, with_docs: bool = True) -> Texts:
     """Disjoint parts; the same for every seed, so that runs are judged alike."""
     found = glosses()
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
@@ -86,11 +113,16 @@ def texts(tokenizer: Any) -> Texts:
         [found[i] for i in part]
         for part in (order[:HELD_OUT], order[HELD_OUT : HELD_OUT + CALIBRATION], order[HELD_OUT + CALIBRATION :])
     )
-    paragraphs = [each.strip() for text in topics.values() for each in text.split("\n\n")]
-    docs = [each for each in paragraphs if len(each) > 150][:: max(1, len(paragraphs) // 1200)][:256]
+    docs, training_docs = documentation()
+    calibrated = list(batches(tokenizer, calibration, SHORT))
+    if with_docs:  # half as many, since they are longer
+        order = torch.randperm(len(training_docs), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [training_docs.pop(i) for i in sorted(order[: CALIBRATION // 4], reverse=True)]
+        calibrated = [*calibrated[::2], *batches(tokenizer, chosen, LONG)]
     return Texts(
         training,
-        list(batches(tokenizer, calibration, SHORT)),
+        training_docs if with_docs else [],
+        calibrated,
         list(batches(tokenizer, held, 64)),
         list(batches(tokenizer, docs, 128)),
         tokenizer,
@@ -105,9 +137,13 @@ def batches(tokenizer: Any, found: list[str], length: int, size: int = 32) -> It
 
 
 def batch_of(data: Texts, step: int, seed: int) -> dict[str, Tensor]:
-    """What a step trains on: single glosses and, in every second step, several joined to a longer text."""
+    """What a step trains on: by turns documentation, and glosses, single or several joined to a longer text."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-    joined, length = (1, SHORT) if step % 2 else (6, LONG)
+    if data.training_docs and step % 2:
+        chosen = torch.randint(len(data.training_docs), (TOKENS // LONG,), generator=generator).tolist()
+        return next(batches(data.tokenizer, [data.training_docs[i] for i in chosen], LONG, TOKENS // LONG))
+    turn = step // 2 if data.training_docs else step
+    joined, length = (1, SHORT) if turn % 2 else (6, LONG)
     size = TOKENS // length
     chosen = torch.randint(len(data.training), (size, joined), generator=generator).tolist()
     found = [". ".join(data.training[i] for i in each) for each in chosen]
@@ -215,10 +251,11 @@ def main() -> None:
     parser.add_argument("--specs", default="64:2:8", help="patterns (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=900, help="optimizer steps, of 2,048 tokens")
+    parser.add_argument("--docs", choices=("python", "none"), default="python", help="documentation to train on")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results and docs/training.md")
     options = parser.parse_args()
     dense, tokenizer = load()
-    data, rows = texts(tokenizer), []
+    data, rows = texts(tokenizer, options.docs != "none"), []
     specs = options.specs.split(",")
     with Progress() as progress:
         bar = progress.add_task("training", total=len(specs) * options.seeds * options.steps)

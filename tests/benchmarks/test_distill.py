@@ -15,6 +15,7 @@ from benchmarks import distill
 def tiny(monkeypatch):
     sentences = [each.strip() for text in topics.values() for each in text.split(". ") if len(each) > 40]
     monkeypatch.setattr(distill, "glosses", lambda: sentences)
+    monkeypatch.setattr(distill, "docstrings", lambda: [each for each in sentences if len(each) > 150][:200])
     for name, value in {"HELD_OUT": 24, "CALIBRATION": 32, "TOKENS": 192}.items():
         monkeypatch.setattr(distill, name, value)
     _, tokenizer = distill.load()
@@ -41,8 +42,16 @@ def test_texts_are_apart_and_batches_repeat(tiny):
     one, two = (distill.batch_of(data, 4, 1) for _ in range(2))
     assert torch.equal(one["input_ids"], two["input_ids"])
     assert one["input_ids"].numel() <= 192
+    assert distill.batch_of(data, 5, 1)["input_ids"].numel() <= 192  # documentation
     held = {tuple(row.tolist()) for batch in data.general for row in batch["input_ids"]}
     assert len(held) > 20
+
+
+def test_documentation_to_judge_by_is_not_trained_on():
+    held, training = distill.documentation()
+    assert len(held) == 256
+    assert len(training) > 1000
+    assert not set(held) & set(training)
 
 
 def test_agreement_of_a_model_with_itself():
