@@ -16,7 +16,7 @@ def tiny(monkeypatch):
     sentences = [each.strip() for text in topics.values() for each in text.split(". ") if len(each) > 40]
     monkeypatch.setattr(distill, "glosses", lambda: sentences)
     monkeypatch.setattr(distill, "docstrings", lambda: [each for each in sentences if len(each) > 150][:200])
-    for name, value in {"HELD_OUT": 24, "CALIBRATION": 32, "TOKENS": 192}.items():
+    for name, value in {"HELD_OUT": 24, "CALIBRATION": 32, "TOKENS": 192, "RATE": 5e-3}.items():
         monkeypatch.setattr(distill, name, value)
     _, tokenizer = distill.load()
     torch.manual_seed(0)
