@@ -7,6 +7,7 @@ When a version of torch moves one of these, it is mended here and nowhere else. 
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -49,6 +50,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "is_wrapped_by_transform",
     "open_transforms",
+    "parameter_moved",
     "short_traceback",
     "single_level_functions_allowed",
     "static_sizes",
@@ -58,6 +60,7 @@ __all__ = [
     "tree_map_only",
     "unwrapped_errors",
     "without_dispatch",
+    "without_fsdp_class",
     "without_function_modes",
     "without_modes",
     "without_torch_function",
@@ -240,3 +243,34 @@ def cuda_answers(answers: Mapping[str, Callable[..., Any]]) -> list[tuple[Any, s
         (fake_tensor, "init_gpu_context", lambda *_, **__: None),
         (FakeTensorMode, "avoid_device_init", True),
     ]
+
+
+@contextmanager
+def without_fsdp_class(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, a module that FSDP2 (`fully_shard`) took has its own class, and may be given another; FSDP2 comes back."""
+    fully_shard = sys.modules.get("torch.distributed.fsdp")
+    if fully_shard is None or not isinstance(module, fully_shard.FSDPModule):
+        yield
+        return
+    mixed = type(module)
+    module.__class__ = mixed.__bases__[1]
+    try:
+        yield
+    finally:
+        own = type(module)
+        kept = {name: each for name, each in vars(mixed).items() if name == "__deepcopy__"}
+        module.__class__ = type(f"FSDP{own.__name__}", (fully_shard.FSDPModule, own), kept)
+
+
+def parameter_moved(model: torch.nn.Module, old: tuple[torch.nn.Module, str], new: tuple[torch.nn.Module, str]) -> None:
+    """Tell FSDP2 (`fully_shard`) that a parameter is an attribute of another module now: it sets it there."""
+    fully_shard = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    if fully_shard is None:
+        return
+    for module in model.modules():
+        state = fully_shard._get_module_fsdp_state(module)
+        group = None if state is None else state._fsdp_param_group
+        for parameter in () if group is None else group.fsdp_params:
+            info = parameter._module_info
+            if info.module is old[0] and info.param_name == old[1]:
+                info.module, info.param_name = new

@@ -233,7 +233,13 @@ def shallow():
     return hf.BertModel(hf.BertConfig(**TINY))
 
 
+def masked(model):
+    vnm.train.begin(model, "16:2:8", steps=9)
+    return model
+
+
 WRONG = {
+    "a copy made after the masks": (BadModel, "before vnm.train.begin", lambda t, s: Distillation(masked(t))),
     "the model itself": (BadModel, "share parameters", lambda t, s: Distillation(s)(s, **batch())),
     "a part of it": (BadModel, "share parameters", lambda t, s: Distillation(s.encoder, Terms(**ONLY, logits=1))(s)),
     "no hidden states": (BadModel, "layers=", lambda t, s: Distillation(Net())(Net(), torch.randn(2, 16))),

@@ -135,6 +135,23 @@ def test_sr_ste():
     assert [SRSTE(decay=2.0, ramp=0.5).dial(share) for share in (0, 0.25, 0.5, 0.9, 1)] == [0, 1, 2, 2, 0]
 
 
+def test_sr_ste_in_other_modes():
+    """Forward mode, and gradients of each sample, as `torch.func.jvp` and `vmap` of `grad` ask for them."""
+    weight, mask, x = given()
+    recipe, dial = SRSTE(decay=0.5), torch.tensor(0.5)
+    tangent = torch.randn_like(weight)
+    masked, moved = torch.func.jvp(lambda w: recipe.masked(w, mask, dial), (weight,), (tangent,))
+    assert torch.equal(masked, weight * mask)
+    assert torch.equal(moved, tangent)
+
+    def loss(weight, row):
+        return F.linear(row, recipe.masked(weight, mask, dial)).sin().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+    for row, found in zip(x, each, strict=True):
+        torch.testing.assert_close(found, torch.func.grad(loss)(weight, row))
+
+
 def test_the_clock():
     clock = Clock.of(MaskDecay(dense=0.1, fixed=0.2, every=7), 100, [SPEC])
     assert (clock.first, clock.last) == (10, 80)

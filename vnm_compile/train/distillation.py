@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from vnm_compile._torch import tree_map_only
 from vnm_compile.errors import BadLoss, BadModel, BadOption
 from vnm_compile.layers import plain_name
+from vnm_compile.names import some_of
 from vnm_compile.prune.calibration.padding import real_positions
+from vnm_compile.train.masked import masked_layers
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,15 @@ class Distillation:
                 hidden state over tokens that are no padding, or the output itself where it is a matrix.
 
         Raises:
-            VNMError: `layers` names no module of the teacher, or is empty, or is needed and was left out.
+            VNMError: `layers` names no module of the teacher, or is empty, or is needed and was left out; or the
+                teacher is a copy that was made after masks were put on, and is masked itself.
         """
+        masked = masked_layers(teacher)
+        if masked:
+            raise BadModel(
+                f"the teacher has masks itself ({some_of(layer.name for layer in masked)}) and would teach what they "
+                "leave; copy the model before vnm.train.begin."
+            )
         self.teacher = teacher.eval().requires_grad_(False)
         self.terms = Terms() if terms is None else terms
         named = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers or ()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vnm_compile._torch import parameter_moved, without_fsdp_class
 from vnm_compile.errors import BadOption, at_layer
 from vnm_compile.layers import Layer
 from vnm_compile.spec import Spec
@@ -96,13 +97,21 @@ class MaskedLayer:
 
     def make_ordinary(self, model: nn.Module, kept: Tensor) -> nn.Module:
         """Take the mask off and leave the layer with the weight `kept`; return the module whose weight it is then."""
-        self.parameter.copy_(kept)  # type: ignore[union-attr]
+        parameter: Any = self.parameter
+        if hasattr(parameter, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            kept = distribute_tensor(kept, parameter.device_mesh, parameter.placements)
+        parameter.copy_(kept)
         self.undo(model)
         return self.module
 
     def undo(self, model: nn.Module) -> None:
         """Take the mask off, the weight as it is."""
-        parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=False)
+        place: Any = self.module.parametrizations["weight"]  # type: ignore[union-attr,index]
+        with without_fsdp_class(self.module):
+            parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=False)
+        parameter_moved(model, (place, "original"), (self.module, "weight"))
 
 
 def masked_layers(model: nn.Module) -> list[MaskedLayer]:

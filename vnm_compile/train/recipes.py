@@ -284,10 +284,19 @@ class SRSTE(Recipe):
 class _Refined(torch.autograd.Function):
     """`w * mask`, whose gradient is that of the product and `dial * (1 - mask) * w`, whatever the loss."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, dial: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(weight, mask, dial)
+    def forward(weight: Tensor, mask: Tensor, dial: Tensor) -> Tensor:
         return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        return tangent.clone()  # straight through; the decay is no derivative of anything
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
