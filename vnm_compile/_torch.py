@@ -247,7 +247,7 @@ def cuda_answers(answers: Mapping[str, Callable[..., Any]]) -> list[tuple[Any, s
 
 @contextmanager
 def without_fsdp_class(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, a module that FSDP2 (`fully_shard`) took has its own class, and may be given another; FSDP2 comes back."""
+    """Inside, a module that FSDP2 (`fully_shard`) took has its own class, and may be given another."""
     fully_shard = sys.modules.get("torch.distributed.fsdp")
     if fully_shard is None or not isinstance(module, fully_shard.FSDPModule):
         yield
