@@ -48,7 +48,11 @@ def compress_model(
         VNMError: a layer breaks its pattern, its weight is none that can be compressed (see `vnm_compile.checks`) or is
             shared with another module, or nothing in the model follows a pattern.
     """
-    chosen = _patterns(model, spec, include, exclude)
+    chosen = [
+        (layer, found)
+        for layer, found in patterns(model, spec, include, exclude)
+        if not isinstance(layer.stored, VNMTensor)
+    ]
     if not chosen and not compressed_layers(model):
         raise NothingSelected(
             "no linear layer of the model follows a V:N:M pattern; vnm.sparsify(model, ...) makes one."
@@ -75,7 +79,8 @@ def compressed_layers(model: nn.Module) -> list[Layer]:
 def decompress_model(model: nn.Module) -> list[str]:
     """Replace the compressed weights of `model` by dense ones, in place; returns the names of those layers.
 
-    The dense weights equal, bit for bit, those that were compressed, and do not require grad. Weights that are shared
+    The dense weights equal, bit for bit, those that were compressed (of quantised values, what these stand for), and do
+    not require grad. Weights that are shared
     stay shared. Annotations stay.
 
     Raises:
@@ -102,13 +107,13 @@ def _is_compressed(parameter: nn.Parameter | None) -> bool:
     return isinstance(parameter, VNMTensor)
 
 
-def _patterns(
+def patterns(
     model: nn.Module,
     spec: Spec | str | None,
     include: Iterable[Selector] | Selector | None,
     exclude: Iterable[Selector] | Selector | None,
 ) -> list[tuple[Layer, Spec]]:
-    """The layers to compress, and how."""
+    """The layers that follow a pattern, or were said to, and which; those that are compressed already among them."""
     selected = select_layers(model, spec or ANY_SIZE, include, exclude)
     if spec is None and include is None:
         selected += _annotated(model, {id(layer.module) for layer, _ in selected}, exclude)
@@ -116,6 +121,7 @@ def _patterns(
     chosen = []
     for layer, given in selected:
         if isinstance(layer.stored, VNMTensor):
+            chosen.append((layer, layer.stored.spec))
             continue
         annotation: Annotation | None = annotation_of(layer.module)
         if spec is not None:

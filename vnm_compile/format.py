@@ -11,6 +11,8 @@ strictly increasing; a row with fewer than N non-zeros is filled with zero value
 the tail group (K mod M real columns) may point past K where fewer than 4 columns are real: the values there are
 zero, and a kernel must not read the activation there.
 
+Values may be quantised: integers with scales, in an array more; see `vnm_compile.quantization`.
+
 Everything is vectorised; the loops below are over a handful of candidates, never over rows or groups.
 """
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from vnm_compile.errors import PatternViolation, UnsupportedWeight, at_layer
 from vnm_compile.layout import Layout
+from vnm_compile.quantization import dequantised
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 DETECTED_V = (256, 128, 64, 32, 16, 8, 1)
@@ -51,6 +54,11 @@ class Packed(tuple[Tensor, ...]):
     def columns(self) -> Tensor:
         """Which columns each block keeps."""
         return self[2]
+
+    @property
+    def scales(self) -> Tensor:
+        """Of quantised values: one for every so many of a row."""
+        return self[3]
 
     @property
     def nbytes(self) -> int:
@@ -102,11 +110,19 @@ def pack(weight: Tensor, spec: Spec, layer: str | None = None) -> Packed:
 
 def unpack(packed: Packed, layout: Layout) -> Tensor:
     """Return the dense weight `[O, K]` of canonical arrays, bit for bit what was packed (with -0.0 as 0.0)."""
+    values = kept_values(packed, layout)
     offsets = kept_offsets(packed.metadata, packed.columns, layout)
-    dense = packed.values.new_zeros(*offsets.shape[:3], layout.spec.m)
-    dense.scatter_(3, offsets, packed.values.reshape(offsets.shape))
+    dense = values.new_zeros(*offsets.shape[:3], layout.spec.m)
+    dense.scatter_(3, offsets, values.reshape(offsets.shape))
     dense = dense.view(layout.rows, layout.groups * layout.spec.m)
     return dense[: layout.out_features, : layout.in_features].contiguous()
+
+
+def kept_values(packed: Packed, layout: Layout) -> Tensor:
+    """The kept values `[R, G*N]`, in the weight's dtype: as they are stored, or what quantised ones stand for."""
+    if layout.quantization is None:
+        return packed.values
+    return dequantised(packed.values, packed.scales, layout.quantization, layout.kept)
 
 
 def kept_offsets(metadata: Tensor, columns: Tensor, layout: Layout) -> Tensor:

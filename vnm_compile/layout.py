@@ -1,8 +1,8 @@
 """How a weight is stored: the one descriptor that goes with packed arrays, from the format to the kernels.
 
 Passes, ops, lowerings, measurements and checkpoints hand a `Layout` on and read from it what they need. It travels
-through graphs as text, an argument of the `vnm` ops. What a new kind of storage needs (scales of quantised values, a
-number of experts) becomes a field here, and an array in `names`; schemas and passes stay as they are.
+through graphs as text, an argument of the `vnm` ops. What a new kind of storage needs (a number of experts) becomes a
+field here, and an array in `names`; schemas and passes stay as they are.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from functools import lru_cache
 import torch
 
 from vnm_compile.errors import DamagedWeight
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
-ARRAYS = ("values", "metadata", "columns")
+ARRAYS = ("values", "metadata", "columns", "scales")
 """Every array that a layout may have, in order; `Layout.names` are those that one has."""
 
-_TEXT = re.compile(r"([0-9:]+) ([0-9]+)x([0-9]+)")
+_TEXT = re.compile(r"([0-9:]+) ([0-9]+)x([0-9]+)(?: (int[0-9a-z/]+))?")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The storage of one weight `[out_features, in_features]` that follows `spec`; written `"64:2:8 4096x11008"`.
+    """The storage of one weight `[out_features, in_features]` that follows `spec`; written `"64:2:8 4096x11008"`, with
+    quantised values `"64:2:8 4096x11008 int8/64"`.
 
     R is `out_features` rounded up to a multiple of V, G is `in_features / M` rounded up.
     """
@@ -33,6 +35,7 @@ class Layout:
     spec: Spec
     out_features: int
     in_features: int
+    quantization: Quantization | None = None
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -48,7 +51,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         # Kept as text: where a compiler traces, nothing has to be put together.
-        object.__setattr__(self, "text", f"{self.spec} {self.out_features}x{self.in_features}")
+        quantised = f" {self.quantization}" if self.quantization else ""
+        object.__setattr__(self, "text", f"{self.spec} {self.out_features}x{self.in_features}{quantised}")
 
     def __str__(self) -> str:
         return self.text
@@ -56,7 +60,17 @@ class Layout:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the arrays, in order; the first one holds what the weight is a linear function of."""
-        return ARRAYS
+        return ARRAYS if self.quantization else ARRAYS[:3]
+
+    @property
+    def typed(self) -> str:
+        """The array whose dtype is the weight's."""
+        return "scales" if self.quantization else "values"
+
+    @property
+    def stored_as(self) -> str:
+        """Pattern and, where values are quantised, how: `"64:2:8"`, `"64:2:8 int4/64"`."""
+        return f"{self.spec} {self.quantization}" if self.quantization else str(self.spec)
 
     @property
     def rows(self) -> int:
@@ -77,15 +91,21 @@ class Layout:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the arrays, as `names` lists them."""
         blocks = self.rows // self.spec.v
-        return (self.rows, self.kept), (self.rows, -(-self.kept // 4)), (blocks, self.groups, KEPT_COLUMNS)
+        metadata, columns = (self.rows, -(-self.kept // 4)), (blocks, self.groups, KEPT_COLUMNS)
+        if self.quantization is None:
+            return (self.rows, self.kept), metadata, columns
+        values, scales = self.quantization.width(self.kept), self.quantization.scales(self.kept)
+        return (self.rows, values), metadata, columns, (self.rows, scales)
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         """Dtypes of the arrays for a weight of `dtype`."""
-        return dtype, torch.uint8, self.spec.column_dtype
+        if self.quantization is None:
+            return dtype, torch.uint8, self.spec.column_dtype
+        return self.quantization.dtype, torch.uint8, self.spec.column_dtype, dtype
 
     def weight_dtype(self, dtypes: Sequence[torch.dtype]) -> torch.dtype:
         """Dtype of the weight whose arrays have `dtypes`: what an activation has to have, too."""
-        return dtypes[0]
+        return dtypes[self.names.index(self.typed)]
 
     @property
     def kept(self) -> int:
@@ -111,6 +131,8 @@ def _parse(text: str) -> Layout:
     found = _TEXT.fullmatch(text)
     if found is None:
         raise DamagedWeight(
-            f'{text!r} is no layout of a weight; it reads "64:2:8 4096x11008": pattern, rows x columns.'
+            f'{text!r} is no layout of a weight; it reads "64:2:8 4096x11008": pattern, rows x columns, and how values '
+            'are quantised, if they are ("int8/64").'
         )
-    return Layout(Spec.parse(found[1]), int(found[2]), int(found[3]))
+    quantization = Quantization.parse(found[4]) if found[4] else None
+    return Layout(Spec.parse(found[1]), int(found[2]), int(found[3]), quantization)

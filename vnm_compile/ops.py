@@ -306,12 +306,19 @@ def _autocast(device: str) -> None:
         def cast(*args):
             dtype = torch.get_autocast_dtype(device)
             with autocast_excluded(device):
-                return op(*(arg.to(dtype) if _is_castable(arg) else arg for arg in args))
+                return op(*(_cast(arg, dtype) for arg in args))
 
         _library.impl(op, cast, autocast_key(device))
 
     register(_ops.linear.default)
     register(_ops.gated_linear.default)
+
+
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
+    """An argument as autocast hands it on; of the arrays of a weight those that are floats, as scales."""
+    if isinstance(arg, list | tuple):
+        return [_cast(each, dtype) for each in arg]
+    return arg.to(dtype) if _is_castable(arg) else arg
 
 
 def _is_castable(arg: object) -> bool:

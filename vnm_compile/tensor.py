@@ -1,11 +1,9 @@
 """VNMTensor: a weight that is stored compressed and behaves as a weight.
 
-It is a wrapper subclass around the three canonical arrays. Moving, casting, copying, transposing and saving work on the
-arrays; any op that reads sees the dense weight, unpacked for that op alone, so that its result, its dtype and its
-gradients are those of the dense weight; a write that could leave the pattern is an error. Where a compiler traces, the
-multiplications become `vnm::linear`.
-
-What is done by which op stands in `vnm_compile.tensor_ops`.
+It is a wrapper subclass around the canonical arrays. Moving, casting, copying, transposing and saving work on these;
+any op that reads sees the dense weight, unpacked for that op alone, so that its result, its dtype and its gradients are
+those of the dense weight; a write that could leave the pattern is an error. Where a compiler traces, multiplications
+become `vnm::linear`. What is done by which op stands in `vnm_compile.tensor_ops`.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from vnm_compile._torch import FakeTensor
 from vnm_compile.errors import DamagedWeight, RefusedWrite, UnsupportedWeight, VNMError, at_layer
 from vnm_compile.format import Packed, pack, unpack
 from vnm_compile.layout import ARRAYS, Layout
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 from vnm_compile.validation import VALUE_DTYPES, own_arrays, stores_otherwise
 
@@ -58,9 +57,10 @@ class VNMTensor(Tensor):
     """A V:N:M weight `[out_features, in_features]`, compressed.
 
     Attributes:
-        values: `[R, G*N]`, the weight's dtype.
+        values: `[R, G*N]`, the weight's dtype; or levels, where they are quantised (`vnm_compile.quantization`).
         metadata: `[R, ceil(G*N / 4)]` uint8.
         columns: `[R/V, G, 4]` uint8 or uint16.
+        scales: `[R, ceil(G*N / group)]`, the weight's dtype, where values are quantised.
         spec: the pattern.
 
     The view `weight.t()` is a VNMTensor of shape `[in_features, out_features]` over the same arrays.
@@ -72,6 +72,7 @@ class VNMTensor(Tensor):
     values: Tensor  # type: ignore[assignment]
     metadata: Tensor
     columns: Tensor
+    scales: Tensor
     _stored: _Stored
 
     @staticmethod
@@ -83,8 +84,11 @@ class VNMTensor(Tensor):
         spec: Spec,
         shape: Sequence[int],
         transposed: bool = False,
+        scales: Tensor | None = None,
+        quantization: Quantization | None = None,
     ) -> VNMTensor:
-        """Wrap canonical arrays; `shape` is that of the tensor, `[in, out]` where `transposed`.
+        """Wrap canonical arrays; `shape` is that of the tensor, `[in, out]` where `transposed`. Quantised values have
+        `scales`, and a `quantization` that says how.
 
         Raises:
             VNMError: the arrays are not those of a weight of this shape and pattern. Their contents are checked too.
@@ -97,8 +101,11 @@ class VNMTensor(Tensor):
             raise DamagedWeight(f"not a compressed weight: pattern {spec!r:.100}, shape {shape!r:.100}.") from error
         if min(first, second) < 0 or type(transposed) is not bool:
             raise DamagedWeight(f"not a compressed weight: shape {list(shape)}, transposed={transposed!r:.100}.")
-        layout = Layout(spec, second, first) if transposed else Layout(spec, first, second)
-        return cls._owning(Packed(values, metadata, columns), layout, transposed)
+        if (scales is None) is not (quantization is None):
+            raise DamagedWeight("not a compressed weight: quantised values have scales and say how they are stored.")
+        rows, width = (second, first) if transposed else (first, second)
+        arrays = (values, metadata, columns) if scales is None else (values, metadata, columns, scales)
+        return cls._owning(Packed(*arrays), Layout(spec, rows, width, quantization), transposed)
 
     @classmethod
     def _owning(cls, packed: Packed, layout: Layout, transposed: bool) -> VNMTensor:
@@ -152,6 +159,11 @@ class VNMTensor(Tensor):
     def spec(self) -> Spec:
         """The pattern."""
         return self._checked.layout.spec
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How values are quantised; None where they are floats of the weight's dtype."""
+        return self._checked.layout.quantization
 
     @property
     def layout_of_arrays(self) -> Layout:
@@ -218,7 +230,8 @@ class VNMTensor(Tensor):
         raise write_refused("apply_", self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"VNMTensor({self.spec}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+        kind = self.layout_of_arrays.stored_as
+        return f"VNMTensor({kind}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VNMTensor:
         if id(self) in memo:
@@ -236,6 +249,8 @@ class VNMTensor(Tensor):
         stored = self._stored  # whatever it is, it is checked where it is read
         spec = stored.layout.spec
         flags = stored.transposed, self.requires_grad, bool(getattr(self, "_is_param", False))
+        if stored.layout.quantization is not None:
+            return _rebuild_quantised, (*stored.packed, stored.layout.text, *flags)
         return _rebuild, (*stored.packed, (spec.v, spec.n, spec.m), tuple(self.shape), *flags)
 
     def __setstate__(self, state: Any) -> None:
@@ -358,5 +373,27 @@ def _rebuild(
     return weight.requires_grad_(requires_grad is True)  # type: ignore[return-value]
 
 
-# The one thing that torch.load(weights_only=True) may call: it checks everything that it is given.
-torch.serialization.add_safe_globals([_rebuild])
+def _rebuild_quantised(
+    values: Tensor,
+    metadata: Tensor,
+    columns: Tensor,
+    scales: Tensor,
+    layout: str,
+    transposed: bool,
+    requires_grad: bool,
+    is_parameter: bool,
+) -> VNMTensor:
+    """As `_rebuild`, of quantised values."""
+    parsed = Layout.parse(layout) if isinstance(layout, str) else None
+    if parsed is None or parsed.quantization is None or type(transposed) is not bool:
+        raise DamagedWeight(
+            f"not a compressed weight: it is stored as {layout!r:.100}, transposed={transposed!r:.100}."
+        )
+    weight = VNMTensor._owning(Packed(values, metadata, columns, scales), parsed, transposed)
+    if is_parameter is True:
+        weight._is_param = True  # type: ignore[attr-defined]
+    return weight.requires_grad_(requires_grad is True)  # type: ignore[return-value]
+
+
+# What torch.load(weights_only=True) may call: they check everything that they are given.
+torch.serialization.add_safe_globals([_rebuild, _rebuild_quantised])

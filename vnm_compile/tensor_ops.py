@@ -197,7 +197,8 @@ def _empty_like(func: Any, weight: VNMTensor, **kwargs: Any) -> Any:
     # 0b0100: the first two kept columns, for both groups of a byte.
     indices = func(metadata, **moved).fill_(0x44 if weight.spec.n == 2 else 0)
     rest = [func(each, **(kwargs if each.is_floating_point() else moved)).zero_() for each in rest]
-    return _rewrap(weight, [func(values, **kwargs).zero_(), indices, func(columns, **moved).copy_(first), *rest])
+    values = func(values, **(kwargs if values.is_floating_point() else moved)).zero_()
+    return _rewrap(weight, [values, indices, func(columns, **moved).copy_(first), *rest])
 
 
 def _transpose(func: Any, weight: VNMTensor, *dims: Any) -> Any:
@@ -225,8 +226,11 @@ def _on_each(func: Any, weight: VNMTensor, *args: Any) -> None:
 def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, VNMTensor):
         return func(target, source._unpacked(), non_blocking)  # type: ignore[attr-defined]
+    if target.quantization is not None:
+        _check_quantised_alike(target, source)
     packed = source if isinstance(source, VNMTensor) else _compressed_like(target, source)
-    if packed.spec == target.spec and packed.shape == target.shape and packed._transposed != target._transposed:
+    otherwise = packed._transposed != target._transposed or packed.quantization != target.quantization
+    if packed.spec == target.spec and packed.shape == target.shape and otherwise:
         packed = _compressed_like(target, packed._unpacked())
     if (packed.spec, packed.shape) != (target.spec, target.shape):
         raise RefusedWrite(
@@ -236,6 +240,17 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
     for mine, theirs in zip(target.packed, packed.packed, strict=True):
         mine.copy_(theirs, non_blocking=non_blocking)
     return target
+
+
+def _check_quantised_alike(target: VNMTensor, source: Tensor) -> None:
+    """What is copied into a quantised weight is one that is quantised in the same way: nothing is rounded unasked."""
+    alike = isinstance(source, VNMTensor) and source.layout_of_arrays == target.layout_of_arrays
+    if not alike or source._transposed != target._transposed:  # type: ignore[attr-defined]
+        kind = source.layout_of_arrays if isinstance(source, VNMTensor) else f"a dense one {list(source.shape)}"
+        raise RefusedWrite(
+            f"a weight stored as {target.layout_of_arrays} takes one that is stored so, not {kind}, which would have "
+            "to be rounded. Call vnm.decompress_model(model) before, and vnm.quantize(model, ...) after."
+        )
 
 
 def _compressed_like(target: VNMTensor, source: Tensor) -> VNMTensor:

@@ -15,6 +15,7 @@ from vnm_compile._torch import FakeTensor
 from vnm_compile.errors import BadFile, DamagedWeight, VNMError
 from vnm_compile.format import Packed
 from vnm_compile.layout import Layout
+from vnm_compile.quantization import Quantization, stored_levels
 from vnm_compile.spec import Spec
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -59,9 +60,10 @@ def own_arrays(packed: Packed, layout: Layout) -> Packed:
 
 def _check_form(packed: Packed, layout: Layout) -> None:
     values = packed.values
-    if values.dtype not in VALUE_DTYPES:
-        raise _refused(f"its values are {values.dtype}; float32, bfloat16, float16 and float64 are handled")
-    for name, array, dtype in zip(layout.names, packed, layout.dtypes(values.dtype), strict=True):
+    weight_dtype = layout.weight_dtype([array.dtype for array in packed])
+    if weight_dtype not in VALUE_DTYPES:
+        raise _refused(f"its {layout.typed} are {weight_dtype}; float32, bfloat16, float16 and float64 are handled")
+    for name, array, dtype in zip(layout.names, packed, layout.dtypes(weight_dtype), strict=True):
         if array.dtype != dtype:
             raise _refused(f"its {name} are {array.dtype}, expected {dtype}")
         if array.device != values.device:
@@ -70,7 +72,7 @@ def _check_form(packed: Packed, layout: Layout) -> None:
         if tuple(array.shape) != shape:
             raise _refused(
                 f"its {name} have shape {list(array.shape)}, expected {list(shape)} for a weight "
-                f"[{layout.out_features}, {layout.in_features}] with pattern {layout.spec}"
+                f"[{layout.out_features}, {layout.in_features}] stored as {layout.stored_as}"
             )
 
 
@@ -97,7 +99,8 @@ def _storages_come_later() -> bool:
 
 
 def _check_contents(packed: Packed, layout: Layout) -> None:
-    values, metadata, columns, spec = packed.values, packed.metadata, packed.columns, layout.spec
+    metadata, columns, spec = packed.metadata, packed.columns, layout.spec
+    values = packed.values if layout.quantization is None else _levels(packed.values, layout.quantization, layout.kept)
     if not columns.numel():
         return
     offsets = columns.int()
@@ -109,7 +112,7 @@ def _check_contents(packed: Packed, layout: Layout) -> None:
         raise _refused("the two indices of a group in its metadata are not increasing")
     if bool((values[layout.out_features :] != 0).any()):
         raise _refused(f"rows past the {layout.out_features} of the weight hold values")
-    if layout.tail and not _tail_is_empty(packed, spec, layout.tail):
+    if layout.tail and not _tail_is_empty(values, packed, spec, layout.tail):
         raise _refused(f"columns past the {layout.in_features} of the weight hold values")
 
 
@@ -121,10 +124,20 @@ def _increasing(metadata: Tensor, groups: int) -> bool:
     return bool(low.all() and high[:, : groups // 2].all())
 
 
-def _tail_is_empty(packed: Packed, spec: Spec, real: int) -> bool:
+def _levels(values: Tensor, quantization: Quantization, kept: int) -> Tensor:
+    """Stored integers as levels, checked."""
+    levels = stored_levels(values, quantization, kept)
+    if quantization.bits == 8 and bool((levels < quantization.lowest).any()):
+        raise _refused("a value is -128; levels of int8 are -127 to 127")
+    if quantization.bits == 4 and kept % 2 and bool((values[:, -1] > 15).any()):
+        raise _refused("the second half of a row's last byte holds a value")
+    return levels
+
+
+def _tail_is_empty(values: Tensor, packed: Packed, spec: Spec, real: int) -> bool:
     """Whether no value of the tail group stands in a column that the weight does not have."""
-    width = packed.values.shape[1]
-    tail = packed.values[:, width - spec.n :]
+    width = values.shape[1]
+    tail = values[:, width - spec.n :]
     position = torch.arange(width - spec.n, width, device=tail.device)
     shifts = (position % 4 * 2).to(torch.uint8)
     indices = packed.metadata[:, position // 4] >> shifts & 3

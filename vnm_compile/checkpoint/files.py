@@ -23,6 +23,7 @@ _DTYPES = {
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
+    "I8": "int8",
     "U8": "uint8",
     "U16": "uint16",
 }

@@ -1,9 +1,9 @@
 """What a checkpoint holds: plain tensors by name, and a text that says which of them make up a compressed weight.
 
 A compressed weight `layer.weight` becomes an array each of `layer.weight.vnm_values`, `layer.weight.vnm_metadata` and
-`layer.weight.vnm_columns` (see docs/format.md), and an empty tensor `layer.weight`. The empty one is for readers that
-do not know the format: they find a shape that does not fit and stop, where they would go on with a random weight if
-they found nothing.
+`layer.weight.vnm_columns` (see docs/format.md; where values are quantised, `vnm_scales` too), and an empty tensor
+`layer.weight`. The empty one is for readers that do not know the format: they find a shape that does not fit and stop,
+where they would go on with a random weight if they found nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class StoredWeight:
     def arrays(self, weight: str, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor that makes up the weight of this name, the empty one included."""
         kinds = zip(self.layout.names, self.layout.shapes, self.layout.dtypes(dtype), strict=True)
-        empty = {weight: ((0,), self.layout.dtypes(dtype)[0])}
+        empty = {weight: ((0,), dtype)}
         return empty | {array_name(weight, name): (shape, kind) for name, shape, kind in kinds}
 
 
@@ -103,7 +103,7 @@ def flatten(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, S
             tensors[name] = tensor
             continue
         weights[name] = StoredWeight.of(tensor)
-        tensors[name] = torch.empty(0, dtype=tensor.packed[0].dtype, device="cpu")
+        tensors[name] = torch.empty(0, dtype=tensor.dtype, device="cpu")
         names = (array_name(name, array) for array in tensor.layout_of_arrays.names)
         tensors |= zip(names, (array.detach() for array in tensor.packed), strict=True)
     return tensors, weights
@@ -151,12 +151,12 @@ def check_arrays(weights: Mapping[str, StoredWeight], tensors: Mapping[str, tupl
         VNMError: an array is missing, there are others, or one has another shape or dtype.
     """
     for name, stored in weights.items():
-        values = array_name(name, stored.layout.names[0])
-        if values not in tensors:
-            raise BadFile(f"{name} is listed as a compressed weight, and its {values} is missing.")
-        dtype = getattr(torch, tensors[values][1], None)
+        typed = array_name(name, stored.layout.typed)
+        if typed not in tensors:
+            raise BadFile(f"{name} is listed as a compressed weight, and its {typed} is missing.")
+        dtype = getattr(torch, tensors[typed][1], None)
         if not isinstance(dtype, torch.dtype):
-            raise BadFile(f"{values} is stored as {tensors[values][1]}, which no weight is.")
+            raise BadFile(f"{typed} is stored as {tensors[typed][1]}, which no weight is.")
         for array, (shape, kind) in stored.arrays(name, dtype).items():
             _check_array(array, shape, kind, tensors.get(array), stored)
     _check_no_others(weights, tensors)

@@ -21,6 +21,7 @@ from vnm_compile.cli.explain import explain
 from vnm_compile.cli.info import info
 from vnm_compile.cli.inspect import inspect
 from vnm_compile.cli.prune import prune
+from vnm_compile.cli.quantize import quantize
 from vnm_compile.cli.report import report
 from vnm_compile.errors import VNMError
 from vnm_compile.names import printable
@@ -60,5 +61,5 @@ def _root() -> None:
     """Keep `vnm-compile COMMAND` even while there is a single command."""
 
 
-for _command in (prune, compress, decompress, convert, info, explain, inspect, bench, report):
+for _command in (prune, quantize, compress, decompress, convert, info, explain, inspect, bench, report):
     app.command()(_command)

@@ -30,13 +30,14 @@ def info(
 def _report(found: Checkpoint) -> dict[str, Any]:
     weights = []
     for name, stored in found.weights.items():
-        dtype = found.tensors[array_name(name, stored.layout.names[0])][1]
+        dtype = found.tensors[array_name(name, stored.layout.typed)][1]
         kind: torch.dtype = getattr(torch, dtype)
         dense = stored.layout.out_features * stored.layout.in_features * kind.itemsize
         weights.append(
             {
                 "name": name,
                 "spec": str(stored.layout.spec),
+                "values": str(stored.layout.quantization) if stored.layout.quantization else None,
                 "shape": list(stored.shape),
                 "dtype": dtype,
                 "bytes": stored.layout.nbytes(kind),
@@ -57,12 +58,16 @@ def _text(report: dict[str, Any], layers: bool) -> str:
     if not weights:
         return f"{files}; no compressed weights, {report['other_tensors']} tensors."
     stored, dense = (sum(each[key] for each in weights) for key in ("bytes", "dense_bytes"))
-    patterns = Counter((each["spec"], each["dtype"]) for each in weights)
+    patterns = Counter((_stored_as(each), each["dtype"]) for each in weights)
     lines = [f"{files}; format version {report['format_version']}."]
     lines += [f"{count} weights are {spec} of {dtype}" for (spec, dtype), count in patterns.most_common()]
     lines.append(f"They take {decimal(stored)}, {decimal(dense)} dense; {report['other_tensors']} other tensors.")
     if layers:
         for each in weights:
             name, (rows, columns) = printable(each["name"]), each["shape"]
-            lines.append(f"  {name}  {rows} x {columns}  {each['spec']}  {decimal(each['bytes'])}")
+            lines.append(f"  {name}  {rows} x {columns}  {_stored_as(each)}  {decimal(each['bytes'])}")
     return "\n".join(lines)
+
+
+def _stored_as(weight: dict[str, Any]) -> str:
+    return f"{weight['spec']} {weight['values']}" if weight["values"] else str(weight["spec"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vnm_compile.format import Packed, kept_values
 from vnm_compile.layout import Layout
 
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -82,7 +83,8 @@ def _function(name: str):  # type: ignore[no-untyped-def]
 
 
 def _input_grad(grad: Tensor, values: Tensor, structure: Sequence[Tensor], layout: str) -> Tensor:
-    return input_grad(grad, values, structure, Layout.parse(layout))
+    parsed = Layout.parse(layout)
+    return input_grad(grad, kept_values(Packed(values, *structure), parsed), structure, parsed)
 
 
 def _values_grad(grad: Tensor, x: Tensor, structure: Sequence[Tensor], layout: str) -> Tensor:

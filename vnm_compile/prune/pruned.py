@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -93,15 +93,20 @@ def write_all(pruned: Iterable[Pruned]) -> None:
             each.write()
 
 
-@contextmanager
-def running_pruned(pruned: Sequence[Pruned]) -> Iterator[None]:
+def running_pruned(pruned: Sequence[Pruned]) -> AbstractContextManager[None]:
     """While it lasts, these layers compute with their pruned weights; the weights exist only while a layer runs."""
-    modules = [each.layer.module for each in pruned]
+    return running_with([each.layer for each in pruned], [each.weight for each in pruned])
+
+
+@contextmanager
+def running_with(layers: Sequence[Layer], weights: Sequence[Callable[[], Tensor]]) -> Iterator[None]:
+    """While it lasts, these layers compute with other weights `[O, K]`, which are made when a layer runs."""
+    modules = [layer.module for layer in layers]
     dense = [module._parameters["weight"] for module in modules]
 
     def put(i: int, args: Any, kwargs: Any) -> None:
-        weight = pruned[i].weight()
-        weight = weight.t().contiguous() if pruned[i].layer.transposed else weight
+        weight = weights[i]()
+        weight = weight.t().contiguous() if layers[i].transposed else weight
         modules[i]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
     def take(i: int) -> None:

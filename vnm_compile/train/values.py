@@ -123,6 +123,11 @@ def compress_for_training(
             raise at_layer(layer.name, "the model is this one layer; put it into an nn.Sequential.", UnsupportedWeight)
         if not isinstance(layer.stored, VNMTensor):
             check_pattern(layer.weight.detach(), goal, layer.name)
+        elif layer.stored.quantization is not None:
+            kind = layer.stored.quantization.kind
+            raise at_layer(
+                layer.name, f"its values are {kind}, which do not train; decompress the model first.", UnsupportedWeight
+            )
         elif layer.stored.spec != goal:
             raise at_layer(layer.name, f"it is compressed as {layer.stored.spec}, not {goal}.", UnsupportedWeight)
     for layer, goal in selected:

@@ -7,6 +7,7 @@
 #pragma once
 #include "few_tokens_bf16.h"
 #include "kept.h"
+#include "rows.h"
 #include "sparse_rows.h"
 
 namespace vnm {
@@ -108,11 +109,12 @@ inline void rows_times_few_tokens(
 constexpr int64_t kept_size(int64_t groups) { return (groups * 4 + 63) / 64 * 64 + 16; }
 
 // tile [tokens][ldt] = x @ rows.T for `rows` rows of one block and a few tokens; x [tokens][ldx]. `scratch`
-// [tokens][kept_size] starts as zeros.
-template <typename S, int N, typename C>
+// [tokens][kept_size] starts as zeros. `source` has the rows' values (rows.h).
+template <typename S, int N, typename C, typename Source>
 inline void block_times_few_tokens(
-    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, float* scratch, const S* values, int64_t ldv,
+    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, float* scratch, const Source& source,
     const uint8_t* metadata, int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
+  const int64_t ldv = source.ld;
   // The next block begins with its columns, and would wait for them.
   for (int64_t i = 0; i < groups * 4; i += 64 / static_cast<int64_t>(sizeof(C)))
     __builtin_prefetch(columns + groups * 4 + i, 0, 2);
@@ -121,7 +123,12 @@ inline void block_times_few_tokens(
     auto* words = reinterpret_cast<uint16_t*>(scratch);
     const int64_t ldw = kept_words(groups);
     gather_kept(x, ldx, tokens, columns, groups, m, in_features, words, ldw);
-    return block_times_few_words(words, ldw, values, ldv, metadata, ldm, groups, rows, tokens, tile, ldt);
+    for (int64_t first = 0; first < rows; first += Source::kTogether) {
+      const int64_t count = std::min(Source::kTogether, rows - first);
+      block_times_few_words(
+          words, ldw, source.at(first, count), ldv, metadata + first * ldm, ldm, groups, count, tokens, tile + first, ldt);
+    }
+    return;
   }
 #endif
   const int64_t ldk = kept_size(groups);
@@ -130,16 +137,19 @@ inline void block_times_few_tokens(
   constexpr int64_t kRows = 4;
   for (int64_t first = 0; first < rows; first += kRows) {
     const int64_t stop = std::min(rows, first + kRows);
+    const S* values = source.at(first, stop - first);
     for (int64_t t = 0; t < tokens; t += 4) {
       const auto pass = [&](auto count, auto together, auto steps) {
         constexpr int T = decltype(count)::value, R = decltype(together)::value, U = decltype(steps)::value;
         int64_t r = first;
         for (; r + R <= stop; r += R)
           rows_times_few_tokens<S, N, T, R, U>(
-              scratch + t * ldk, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + t * ldt + r, ldt);
+              scratch + t * ldk, ldk, values + (r - first) * ldv, ldv, metadata + r * ldm, ldm, groups,
+              tile + t * ldt + r, ldt);
         for (; r < stop; ++r)
           rows_times_few_tokens<S, N, T, 1, U>(
-              scratch + t * ldk, ldk, values + r * ldv, ldv, metadata + r * ldm, ldm, groups, tile + t * ldt + r, ldt);
+              scratch + t * ldk, ldk, values + (r - first) * ldv, ldv, metadata + r * ldm, ldm, groups,
+              tile + t * ldt + r, ldt);
       };
       for_few_tokens(tokens - t, pass);
     }

@@ -27,6 +27,7 @@ from vnm_compile.codegen.inductor import (
 from vnm_compile.layout import Layout
 
 _FOLDER = Path(__file__).parent
+_INPUTS = ("x_buffer", "values_buffer", "metadata_buffer", "columns_buffer", "scales_buffer")
 
 
 @cache
@@ -44,7 +45,7 @@ def _most_rows() -> int:
 @cache
 def _arithmetic() -> str:
     """The kernels' headers as one text."""
-    headers = ("sparse_rows.h", "kept.h", "few_tokens_bf16.h", "few_tokens.h", "token_lanes.h", "row_lanes.h")
+    headers = ("sparse_rows.h", "rows.h", "kept.h", "few_tokens_bf16.h", "few_tokens.h", "token_lanes.h", "row_lanes.h")
     text = "".join(map(_source, headers))
     text = re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
     # With cpp_wrapper all kernels of a graph are one translation unit.
@@ -95,7 +96,8 @@ class SparseLinearTemplate(FusingTemplate):
                 target = epilogues[-1]
                 target_2d = view_in_2d(target, result)
                 reindexers += [reindexer(node, result) for node in epilogue_nodes]
-            x, values, metadata, columns = self.input_nodes
+            x, values, metadata, columns, *scales = self.input_nodes
+            quantization = self.weight.quantization
             return self._template_from_string(_source("linear.cpp.jinja")).render(
                 template=self,
                 kernel=kernel,
@@ -105,6 +107,12 @@ class SparseLinearTemplate(FusingTemplate):
                 values=values,
                 metadata=metadata,
                 columns=columns,
+                scales=scales[0] if scales else None,
+                inputs=dict(zip(_INPUTS, self.input_nodes, strict=False)),
+                levels="int8_t" if quantization and quantization.bits == 8 else "uint8_t",
+                value_row=self.weight.shapes[0][1],
+                scale_row=self.weight.shapes[3][1] if quantization else 0,
+                group=(quantization.group or max(1, self.weight.kept)) if quantization else 0,
                 Y=target,
                 Y_2d=target_2d,
                 GemmOut=product,

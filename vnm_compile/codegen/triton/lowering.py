@@ -67,8 +67,8 @@ _PROGRAM_GROUP = 8  # tiles of tokens that run side by side
 def linear(x: Any, arrays: list[Any], layout: Layout) -> Any:
     """`vnm::linear` as one Triton kernel, or, where a single pass leaves the device idle, partial sums and their sum.
 
-    None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, for a single
-    output feature, and where there are no tokens.
+    None for dtypes other than fp32, bf16 and fp16, for quantised values, for blocks that hold no 16 rows of a power of
+    two, for a single output feature, and where there are no tokens.
     """
     if not _supported(x, arrays, layout):
         return None
@@ -87,6 +87,8 @@ def gated_linear(x: Any, arrays: list[Any], layout: Layout, activation: str) -> 
 
 
 def _supported(x: Any, arrays: list[Any], layout: Layout) -> bool:
+    if layout.quantization is not None:
+        return False
     same = x.get_dtype() in _DTYPES and layout.weight_dtype([array.get_dtype() for array in arrays]) == x.get_dtype()
     # Inductor stores to a tensor of one element without a mask, and a tile's other elements would overwrite it.
     return same and largest_block(layout.spec) >= _FEWEST_ROWS and layout.out_features > 1 and 0 not in x.get_size()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration import execution_order, plain_numerics, second_moments
@@ -42,7 +42,7 @@ class LayerMethod(Method):
         """Prune block by block, a pass over the data and one block's second moments at a time."""
         task = job.bar.add_task(f"pruning by {self.name}", total=len(job.selected))
         done: list[Pruned] = []
-        for block in list(_blocks(job)):
+        for block in list(blocks_in_order(job.model, job.selected, job.batches)):
             for each in self._prune_block(job, block, list(done)):
                 done.append(each)
                 job.bar.advance(task)
@@ -66,12 +66,12 @@ class LayerMethod(Method):
             yield each
 
 
-def _blocks(job: Job) -> Iterator[Block]:
-    """The layers in the order in which they run, those of one repeated block (`layers.3`) together."""
-    selected = job.selected
+def blocks_in_order(model: nn.Module, selected: Block, batches: Sequence[Any]) -> Iterator[Block]:
+    """The layers in the order in which they run on the first batch, those of one repeated block (`layers.3`) together;
+    without batches in their own order."""
     order: Sequence[int] = range(len(selected))
-    if job.batches:
-        order = execution_order(job.model, [layer for layer, _ in selected], job.batches[0])
+    if batches:
+        order = execution_order(model, [layer for layer, _ in selected], batches[0])
     block: list[tuple[Layer, Spec]] = []
     for i in order:
         if block and _block_name(block[0][0].name) != _block_name(selected[i][0].name):

@@ -1,0 +1,157 @@
+"""Quantised weights through torch.compile, files and reports."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import vnm_compile as vnm
+from tests.support import assert_as_accurate_as_dense, make_sparse_, with_slow
+from vnm_compile.codegen.random_arrays import random_packed
+from vnm_compile.explanation.describe import _told
+from vnm_compile.explanation.layer import COMPRESSED
+from vnm_compile.format import unpack
+from vnm_compile.layout import Layout
+from vnm_compile.ops import gated_linear, linear
+from vnm_compile.quantization import Quantization
+from vnm_compile.tensor import VNMTensor
+
+CASES = [
+    ("int8/64", "64:2:8", 128, 256),
+    ("int4/64", "64:2:8", 130, 260),
+    ("int4/row", "16:1:16", 50, 330),
+    ("int8/row", "24:2:5", 50, 111),
+    ("int4/32", "1:2:4", 37, 41),
+    ("int8/32", "128:2:16", 200, 1000),
+]
+TOKENS = (1, 3, 6, 33)
+
+
+def exact(packed, layout):
+    """The weight in float64, from levels and scales without rounding."""
+    return unpack(packed.replaced(3, packed.scales.double()), layout)
+
+
+@pytest.mark.parametrize(
+    "dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16]), ids=str
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[:2]))
+def test_kernels_are_as_accurate_as_dense(case, dtype):
+    kind, spec, out_features, in_features = case
+    layout = Layout(vnm.Spec.parse(spec), out_features, in_features, Quantization.parse(kind))
+    packed = random_packed(layout, dtype, torch.device("cpu"))
+    run = torch.compile(lambda x, *arrays: linear(x, arrays, layout), backend="vnm")
+    dense, weight = unpack(packed, layout), exact(packed, layout)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, in_features).to(dtype)
+        expected = x.double() @ weight.T
+        assert_as_accurate_as_dense(run(x, *packed), F.linear(x, dense), expected)
+
+
+def test_gated_pairs():
+    layout = Layout(vnm.Spec(16, 2, 8), 48, 72, Quantization(4, 32))
+    halves = [random_packed(layout, torch.float32, torch.device("cpu"), seed) for seed in (0, 1)]
+    joined = [torch.cat(pair) for pair in zip(*halves, strict=True)]
+    run = torch.compile(lambda x, *arrays: gated_linear(x, arrays, layout, "silu"), backend="vnm")
+    gate, up = (unpack(half, layout) for half in halves)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 72)
+        torch.testing.assert_close(run(x, *joined), F.silu(F.linear(x, gate)) * F.linear(x, up))
+
+
+class Block(nn.Module):
+    """q, k and v side by side, a gated pair, a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, width) for width in (64, 32, 32))
+        self.gate, self.up = nn.Linear(64, 128, bias=False), nn.Linear(64, 128, bias=False)
+        self.down = nn.Linear(128, 64)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        x = x + q + torch.cat([k, v], -1)
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def block(values="int4", dtype=torch.float32):
+    torch.manual_seed(0)
+    net = make_sparse_(Block(), "16:2:8").to(dtype).eval()
+    vnm.quantize(net, values, 32, progress=False)
+    return net
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_a_block_compiles_and_is_explained(values):
+    net = block(values)
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = net(x)
+        torch.testing.assert_close(torch.compile(net, backend="vnm")(x), expected)
+        explanation = vnm.explain(net, x)
+        report = vnm.inspect(net, x)
+    assert {layer.decision for layer in explanation.layers} == {"sparse"}
+    assert explanation["down"].stored_bytes == net.down.weight.nbytes
+    assert values in explanation["down"].reason
+    level = {"int8": "int8_t", "int4": "uint8_t"}[values]
+    assert all(f"QuantisedRows<float, {level}, 32>" in kernel.source for kernel in report.sparse)
+    assert len(report.sparse) == 5  # k and v are one kernel, called twice
+
+
+def test_modes_of_torch():
+    net = block("int8")
+    compiled = torch.compile(net, backend="vnm")
+    x = torch.randn(3, 64)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            expected, found = net(x), compiled(x)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.05)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), net(x))
+    x.requires_grad_()
+    found, expected = (torch.autograd.grad(call(x).square().sum(), x)[0] for call in (compiled, net))
+    torch.testing.assert_close(found, expected)
+    each = torch.func.vmap(net)(x.detach())
+    torch.testing.assert_close(each, net(x).detach())
+
+
+def test_a_weight_that_is_quantised_anew_is_not_stale():
+    net = make_sparse_(nn.Sequential(nn.Linear(64, 64)), "16:2:8").eval()
+    compiled = torch.compile(net, backend="vnm")
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        for values in (None, "int8", "int4"):
+            if values:
+                vnm.decompress_model(net)
+                vnm.quantize(net, values, progress=False)
+            torch.testing.assert_close(compiled(x), net(x))
+        net[0].weight.scales.mul_(2)
+        torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_gpus_have_no_kernel_yet_and_explain_says_so():
+    net = block()
+    report = vnm.inspect(net, torch.randn(4, 64), target="sm_90")
+    assert not report.sparse
+    decision, reason = _told("sparse", COMPRESSED, net.down.weight.layout_of_arrays, "cuda:0")
+    assert decision == "dense"
+    assert "no kernel for int4 values on GPUs" in reason
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_saved_and_loaded(values, tmp_path):
+    net = block(values, torch.bfloat16)
+    vnm.save(net, tmp_path / "one", progress=False)
+    other = vnm.load(tmp_path / "one", Block().to(torch.bfloat16), progress=False)
+    for name, weight in net.state_dict().items():
+        loaded = other.state_dict()[name]
+        assert type(loaded) is type(weight)
+        if isinstance(weight, VNMTensor):
+            assert loaded.layout_of_arrays == weight.layout_of_arrays
+            assert all(torch.equal(a, b) for a, b in zip(loaded.packed, weight.packed, strict=True))
+    vnm.save(other, tmp_path / "two", progress=False)
+    one, two = ((tmp_path / each / "model.safetensors").read_bytes() for each in ("one", "two"))
+    assert one == two
