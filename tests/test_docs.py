@@ -15,7 +15,14 @@ from tests.support import with_slow
 from vnm_compile.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "docs/getting_started.md", "docs/inspect.md", "docs/checkpoints.md", "docs/faq.md"]
+PAGES = [
+    "README.md",
+    "docs/getting_started.md",
+    "docs/inspect.md",
+    "docs/checkpoints.md",
+    "docs/quantization.md",
+    "docs/faq.md",
+]
 
 
 @pytest.mark.parametrize("page", with_slow(PAGES, quick=("README.md", "docs/faq.md")))

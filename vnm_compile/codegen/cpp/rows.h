@@ -15,32 +15,35 @@ struct StoredRows {
   const S* at(int64_t first, int64_t) const { return values + first * ld; }
 };
 
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, at::Half* to) { *to = static_cast<at::Half>(x); }
-inline void narrow(float x, at::BFloat16* to) {
-  // To the nearest, ties to even; without a branch for NaN, which no product of an integer and a scale is but where the
-  // scale is one, whose bits the addition leaves a NaN's.
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  to->x = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// Floats as S, to the nearest.
+inline void narrow(const float* from, int64_t count, at::BFloat16* to) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+    at::vec::convert_float_bfloat16(Vec::loadu(from + i), Vec::loadu(from + i + kLanes)).store(to + i);
+  for (; i < count; ++i) to[i] = static_cast<at::BFloat16>(from[i]);
+}
+inline void narrow(const float* from, int64_t count, at::Half* to) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+    at::vec::convert_float_half(Vec::loadu(from + i), Vec::loadu(from + i + kLanes)).store(to + i);
+  for (; i < count; ++i) to[i] = static_cast<at::Half>(from[i]);
 }
 
-// `count` levels of one row, all of one scale, as S. `levels` of 4 bits begin at a whole byte.
-template <typename S>
-inline void decode(const int8_t* levels, float scale, int64_t count, S* to) {
+// `count` levels that share a scale, as floats. Levels of 4 bits begin at a whole byte.
+inline void decode(const int8_t* __restrict levels, float scale, int64_t count, float* __restrict to) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) narrow(static_cast<float>(levels[i]) * scale, to + i);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(levels[i]) * scale;
 }
-template <typename S>
-inline void decode(const uint8_t* levels, float scale, int64_t count, S* to) {
+inline void decode(const uint8_t* __restrict levels, float scale, int64_t count, float* __restrict to) {
   const int64_t pairs = count / 2;
 #pragma omp simd
   for (int64_t i = 0; i < pairs; ++i) {
-    const auto byte = static_cast<int32_t>(levels[i]);
-    narrow(static_cast<float>((byte ^ 8) % 16 - 8) * scale, to + 2 * i);
-    narrow(static_cast<float>((byte >> 4 ^ 8) - 8) * scale, to + 2 * i + 1);
+    // The sign of a half is its highest bit.
+    const int32_t low = ((levels[i] & 15) ^ 8) - 8, high = ((levels[i] >> 4) ^ 8) - 8;
+    to[2 * i] = static_cast<float>(low) * scale;
+    to[2 * i + 1] = static_cast<float>(high) * scale;
   }
-  if (count % 2) narrow(static_cast<float>((levels[pairs] ^ 8) % 16 - 8) * scale, to + count - 1);
+  if (count % 2) to[count - 1] = static_cast<float>(((levels[pairs] & 15) ^ 8) - 8) * scale;
 }
 
 // Levels L (int8_t, or uint8_t for two of 4 bits) of `count` values a row, `Group` of which share a scale.
@@ -53,12 +56,23 @@ struct QuantisedRows {
   // So few that they stay in the L1 cache from decoding to multiplying.
   static constexpr int64_t kTogether = 4;
   const S* at(int64_t first, int64_t rows) const {
-    constexpr int64_t kEach = sizeof(L) == 1 && std::is_same_v<L, uint8_t> ? 2 : 1;
+    constexpr int64_t kEach = std::is_same_v<L, uint8_t> ? 2 : 1;  // levels of a byte
+    constexpr int64_t kPart = std::min<int64_t>(Group, 256);
+    alignas(64) float floats[kPart];
     for (int64_t r = 0; r < rows; ++r) {
       const L* from = levels + (first + r) * ldl;
       const S* scale = scales + (first + r) * lds;
-      for (int64_t i = 0; i < count; i += Group)
-        decode(from + i / kEach, static_cast<float>(scale[i / Group]), std::min(Group, count - i), buffer + r * ld + i);
+      S* to = buffer + r * ld;
+      for (int64_t i = 0; i < count; i += kPart) {
+        const int64_t part = std::min(kPart, count - i);
+        const auto s = static_cast<float>(scale[i / Group]);
+        if constexpr (std::is_same_v<S, float>) {
+          decode(from + i / kEach, s, part, to + i);
+        } else {
+          decode(from + i / kEach, s, part, floats);
+          narrow(floats, part, to + i);
+        }
+      }
     }
     return buffer;
   }
