@@ -80,6 +80,16 @@ FORBIDDEN = {
         "vnm_compile.prune.outcome",
         "vnm_compile.prune.sparsify_report",
     ],
+    "quantizing": [
+        "vnm_compile.passes",
+        "vnm_compile.codegen",
+        "vnm_compile.backend",
+        "vnm_compile.explanation",
+        "vnm_compile.prune.sparsify",
+        "vnm_compile.train",
+        "vnm_compile.cli",
+    ],
+    "quantization.py": ["vnm_compile.format", "vnm_compile.layout", "vnm_compile.quantizing"],
     "selection": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend"],
     "cli": ["vnm_compile.passes", "vnm_compile.codegen"],
     # Records know nothing of how they are shown.

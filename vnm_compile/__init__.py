@@ -17,7 +17,7 @@ from vnm_compile.convert import compress_model, decompress_model
 from vnm_compile.errors import VNMError
 from vnm_compile.format import detect, matches
 from vnm_compile.prune import sparsify
-from vnm_compile.quantize import quantize
+from vnm_compile.quantizing import quantize
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 from vnm_compile.train import finalize

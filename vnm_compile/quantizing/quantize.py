@@ -21,9 +21,9 @@ from vnm_compile.prune.calibration import as_batches, output_error, plain_numeri
 from vnm_compile.prune.methods.layer_by_layer import blocks_in_order
 from vnm_compile.prune.pruned import running_with, uninterrupted
 from vnm_compile.quantization import Quantization, spread_scales, store_levels
-from vnm_compile.quantize.descent import descend
-from vnm_compile.quantize.report import LayerQuantized, QuantizeReport
-from vnm_compile.quantize.scales import choose_scales, grouped, nearest
+from vnm_compile.quantizing.descent import descend
+from vnm_compile.quantizing.report import LayerQuantized, QuantizeReport
+from vnm_compile.quantizing.scales import choose_scales, grouped, nearest
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 
@@ -42,7 +42,7 @@ def quantize(
 
     Prune first, then quantise (arXiv 2405.20935): a mask that is chosen by magnitudes sees them whole. Without data
     every value is rounded to the nearest level, at scales chosen by search. With data, values make up for each other's
-    rounding, so that the layers' outputs change least (`vnm_compile.quantize.descent`); blocks are quantised in the
+    rounding, so that the layers' outputs change least (`vnm_compile.quantizing.descent`); blocks are quantised in the
     order in which they run, each on the inputs that those before it produce.
 
     Args:

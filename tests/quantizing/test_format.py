@@ -19,7 +19,7 @@ from vnm_compile.errors import BadOption, DamagedWeight, RefusedWrite, VNMError
 from vnm_compile.format import Packed, pack, unpack
 from vnm_compile.layout import Layout
 from vnm_compile.quantization import Quantization, store_levels, stored_levels
-from vnm_compile.quantize.quantize import quantise_packed
+from vnm_compile.quantizing.quantize import quantise_packed
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 

@@ -12,8 +12,8 @@ import vnm_compile as vnm
 from tests.support import make_sparse_
 from vnm_compile.errors import BadCalibration, BadOption, NothingSelected, UnsupportedWeight
 from vnm_compile.quantization import Quantization
-from vnm_compile.quantize.descent import descend
-from vnm_compile.quantize.scales import choose_scales, grouped, nearest
+from vnm_compile.quantizing.descent import descend
+from vnm_compile.quantizing.scales import choose_scales, grouped, nearest
 from vnm_compile.tensor import VNMTensor
 
 SPEC = "16:2:8"
