@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.errors import PTXError
+from tests.ptx.errors import NotModelled, PTXError
 from tests.ptx.instructions import instruction
 from tests.ptx.machine import Machine, kind_dtype, kind_size
 from tests.ptx.parse import Operand
@@ -92,11 +92,19 @@ def mixed_add(machine: Machine, result: Operand, a: Operand, b: Operand, kind: s
     machine.write(result, _floats(machine, a, kind, None).astype(np.float32) + machine.read(b, "f32"))
 
 
-@instruction(rf"fma\.rn(?P<flush>\.ftz)?\.{_FLOAT}")
-def fma(machine: Machine, result: Operand, a: Operand, b: Operand, c: Operand, kind: str, flush: str | None) -> None:
+@instruction(rf"fma\.(?P<rounding>rn|rm|rp)(?P<flush>\.ftz)?\.{_FLOAT}")
+def fma(
+    machine: Machine, result: Operand, a: Operand, b: Operand, c: Operand, rounding: str, kind: str, flush: str | None
+) -> None:
     """The product is exact; the sum is rounded to double before it is to `kind`."""
     x, y, z = (_floats(machine, each, kind, flush).astype(np.float64) for each in (a, b, c))
-    _put(machine, result, (x * y + z).astype(np.float32 if kind == "bf16" else kind_dtype(kind)), kind, flush)
+    total = x * y + z
+    value = total.astype(np.float32 if kind == "bf16" else kind_dtype(kind))
+    if rounding == "rm":
+        value = np.where(value > total, np.nextafter(value, value.dtype.type(-np.inf)), value)
+    elif rounding == "rp":
+        value = np.where(value < total, np.nextafter(value, value.dtype.type(np.inf)), value)
+    _put(machine, result, value, kind, flush)
 
 
 @instruction(r"(?P<name>add|mul|fma)(?:\.rn)?(?P<flush>\.ftz)?\.f32x2")
@@ -199,15 +207,18 @@ def shift(machine: Machine, result: Operand, a: Operand, by: Operand, name: str,
     machine.write(result, moved if keeps_sign else np.where(amount >= bits, value.dtype.type(0), moved))
 
 
-@instruction(r"bfe\.(?P<kind>[us]32)")
+@instruction(r"bfe\.(?P<kind>[us](?:32|64))")
 def extract_bits(machine: Machine, result: Operand, a: Operand, place: Operand, count: Operand, kind: str) -> None:
-    """Some bits, the uppermost a sign."""
-    value = machine.read_all(a, "u32").astype(np.int64)
-    first, number = (machine.read(each, "u32").astype(np.int64) & 255 for each in (place, count))
-    field = (value >> np.minimum(first, 63)) & ((np.int64(1) << np.minimum(number, 32)) - 1)
-    if kind == "s32":
-        sign = (field >> np.maximum(number - 1, 0)) & 1
-        field = np.where((number > 0) & (sign == 1), field - (np.int64(1) << number), field)
+    """Some bits, all of which there are, the uppermost a sign."""
+    value, width = machine.read_all(a, f"u{kind[1:]}").astype(np.uint64), 8 * kind_size(kind)
+    first, number = (machine.read_all(each, "u32").astype(np.int64) & 255 for each in (place, count))
+    active = machine.active()
+    if (first + number > width)[active].any() or (number == 0)[active].any():
+        raise NotModelled("bfe of bits that are not there")
+    left = np.clip(64 - first - number, 0, 63).astype(np.uint64)
+    aligned = value << left
+    right = np.clip(64 - number, 0, 63).astype(np.uint64)
+    field = aligned.view(np.int64) >> right.view(np.int64) if kind[0] == "s" else aligned >> right
     machine.write(result, field.astype(kind_dtype(kind)))
 
 

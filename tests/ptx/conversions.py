@@ -40,6 +40,12 @@ def widen_float(machine: Machine, result: Operand, source: Operand, kind: str, f
     machine.write(result, flushed(bf16_to_float(value) if kind == "bf16" else value.astype(np.float32), flush))
 
 
+@instruction(r"cvt(?P<flush>\.ftz)?\.sat\.f32\.f32")
+def saturate(machine: Machine, result: Operand, source: Operand, flush: str | None) -> None:
+    """To 0 and 1; NaN to 0."""
+    machine.write(result, np.nan_to_num(np.clip(flushed(machine.read(source, "f32"), flush), 0, 1), nan=0))
+
+
 @instruction(r"cvt\.rn\.f32\.(?P<kind>[us](?:8|16|32|64))")
 def integer_to_float(machine: Machine, result: Operand, source: Operand, kind: str) -> None:
     """To the nearest."""

@@ -43,6 +43,8 @@ class Machine:
         shared: the memory of each.
         threads: how many there are.
         mask: those that carry out the current instruction; None for all.
+        undefined: those that have read, in it, what they had not written: what they compute of it is nothing that may
+            be stored, multiplied by tensor cores, or decide anything; None for none.
         taken: places of the instructions that have been carried out.
         hazards: faults that are noted and not raised.
         watch: instructions to try beside those of the program, by place.
@@ -60,6 +62,8 @@ class Machine:
         self.shared = SharedMemory(len(blocks), shared_bytes, program.threads)
         self.copies, self.products = Copies(self.shared, self.threads, late), Products(self, late)
         self.mask: np.ndarray | None = None
+        self.undefined: np.ndarray | None = None
+        self._unwritten = ""
         self.steps = steps
         self.taken: set[int] = set()
         self.hazards: set[str] = set()
@@ -123,12 +127,22 @@ class Machine:
     def _register(self, name: str) -> np.ndarray:
         value = self._registers.get(name)
         if value is None:
-            raise PTXError(f"{name} is read before it is written")
-        written = self._partial.get(name)
-        if written is not None and (~written if self.mask is None else ~written & self.mask).any():
-            raise PTXError(f"{name} is read before it is written, by some threads")
+            value = np.zeros(
+                self.threads, bool if self.program.width(name) == 1 else UNSIGNED[self.program.width(name) // 8]
+            )
+            written: np.ndarray | None = np.zeros(self.threads, bool)
+        else:
+            written = self._partial.get(name)
+        if written is not None and not (written if self.mask is None else written | ~self.mask).all():
+            self.undefined = ~written if self.undefined is None else self.undefined | ~written
+            self._unwritten = name
         self.products.check_read(name)
         return value
+
+    def need_defined(self) -> None:
+        """What the instruction has read so far has been written before, in all threads that carry it out."""
+        if self.undefined is not None and (self.undefined if self.mask is None else self.undefined & self.mask).any():
+            raise PTXError(f"{self._unwritten} is used before it is written")
 
     def peek(self, name: str) -> np.ndarray | None:
         """What a register holds, whoever has written it."""
@@ -157,22 +171,26 @@ class Machine:
             value = value.view(UNSIGNED[size])
         if value.ndim == 0:
             value = np.full(self.threads, value)
-        old = self._registers.get(name)
+        old, written = self._registers.get(name), self._partial.pop(name, None)
         if self.mask is None:
-            self._registers[name] = value
-            self._partial.pop(name, None)
-            return
-        self._registers[name] = value if old is None else np.where(self.mask, value, old)
-        if old is None:
-            self._partial[name] = self.mask
-        elif name in self._partial:
-            self._partial[name] = self._partial[name] | self.mask
+            self._registers[name], written = value, None
+        elif old is None:
+            self._registers[name], written = value, self.mask
+        else:
+            self._registers[name] = np.where(self.mask, value, old)
+            written = None if written is None else written | self.mask
+        if self.undefined is not None:
+            lost = self.undefined if self.mask is None else self.undefined & self.mask
+            written = ~lost if written is None else written & ~lost
+        if written is not None and not written.all():
+            self._partial[name] = written
 
     def addresses(self, operand: Operand, kind: str) -> np.ndarray:
         """Addresses of the active threads."""
         if not isinstance(operand, Address):
             raise NotModelled(f"an address {operand}")
         base = np.broadcast_to(self.read(operand.base, kind), self.threads)[self.active()]
+        self.need_defined()
         return base.astype(np.int64) + operand.offset
 
     def parameter(self, operand: Operand) -> int:
@@ -184,7 +202,7 @@ class Machine:
     def results(self, handler: Callable[[Machine], None]) -> dict[str, bytes] | str:
         """What an instruction that only writes registers would write, or how it fails; nothing is changed."""
         registers, written = dict(self._registers), dict(self._partial)
-        active = self.active()
+        undefined, active = self.undefined, self.active()
         try:
             handler(self)
             changed = [name for name, value in self._registers.items() if value is not registers.get(name)]
@@ -192,7 +210,7 @@ class Machine:
         except PTXError as error:
             return str(error)
         finally:
-            self._registers, self._partial = registers, written
+            self._registers, self._partial, self.undefined = registers, written, undefined
 
     # The order of things.
 
@@ -215,9 +233,11 @@ class Machine:
 
     def _step(self, here: int, at: np.ndarray) -> None:
         each = self.program.instructions[here]
+        self.undefined = None
         self.mask = None if at.all() else at
         if each.predicate is not None:
             chosen = self._register(each.predicate) ^ each.negated
+            self.need_defined()
             chosen = chosen if self.mask is None else chosen & self.mask
             self.mask = None if chosen.all() else chosen
         chosen = at if self.mask is None else self.mask

@@ -34,6 +34,7 @@ def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 def elements(machine: Machine, registers: tuple[Operand, ...], kind: str) -> np.ndarray:
     """Elements of a fragment as its warps' threads hold them: `[warps, 32, registers, elements]`."""
     words = np.stack([machine.read_all(each, "b32") for each in registers], 1)
+    machine.need_defined()
     return words.view(np.uint32 if kind == "tf32" else np.uint16).reshape(
         -1, 32, len(registers), words.itemsize // _size(kind)
     )
@@ -127,6 +128,7 @@ def _add_product(
     if a.shape[2] != depth or right.shape[1] != depth:
         raise PTXError("mma with registers for another shape")
     words = np.stack([machine.read_all(each, "f32") for each in vector(c)], 1).reshape(-1, 32, 4)
+    machine.need_defined()
     total = numbers(a, kind) @ numbers(right, kind) + matrix_c(words)
     held = fragment_c(total.astype(np.float32)).reshape(machine.threads, 4)
     for r, each in enumerate(vector(result)):
@@ -156,7 +158,9 @@ def store_matrices(machine: Machine, target: Operand, source: Operand, count: st
     threads = machine.active()
     addresses = machine.addresses(target, "u32").reshape(-1, 32)
     for i, each in enumerate(vector(source)):
-        pairs = machine.read_all(each, "b32")[threads].view(np.uint16).reshape(-1, 32, 2)
+        words = machine.read_all(each, "b32")[threads]
+        machine.need_defined()
+        pairs = words.view(np.uint16).reshape(-1, 32, 2)
         matrix = np.zeros((len(pairs), 8, 8), np.uint16)
         matrix[:, _G, 2 * _T], matrix[:, _G, 2 * _T + 1] = pairs[:, :, 0], pairs[:, :, 1]
         if turned:

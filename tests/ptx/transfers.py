@@ -45,6 +45,7 @@ def store(
     """One or several values of each thread."""
     threads = machine.active()
     values = np.stack([machine.read_all(each, kind)[threads] for each in vector(source)], 1)
+    machine.need_defined()
     data = values.view(np.uint8)
     if space == "global":
         machine.memory.store(machine.addresses(target, "u64"), data, threads)
@@ -64,6 +65,7 @@ def begin_copy(
     width = np.full(threads.size, size.bits)
     if read is not None:
         width = machine.read_all(read, "u32")[threads].astype(np.int64)
+    machine.need_defined()
     if (width > size.bits).any():
         raise PTXError("cp.async reads more than it copies")
     if not np.isin(width, (0, size.bits)).all():
@@ -99,9 +101,14 @@ def shuffle(
     segment, last = (limits >> 8) & 31, limits & 31
     if segment.any() or (last != (0 if how == "up" else 31)).any():
         raise NotModelled("shfl within parts of a warp")
+    machine.need_defined()
     other = {"idx": by, "bfly": lane ^ by, "up": lane - by, "down": lane + by}[how]
     other = np.where((other < 0) | (other > 31), lane, other)
-    machine.write(result, machine.read_all(source, "b32")[np.arange(machine.threads) - lane + other])
+    place = np.arange(machine.threads) - lane + other
+    value = machine.read_all(source, "b32")[place]
+    if machine.undefined is not None:
+        machine.undefined = machine.undefined[place]
+    machine.write(result, value)
 
 
 @instruction(r"bar\.warp\.sync")
