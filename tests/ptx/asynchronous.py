@@ -57,6 +57,14 @@ class Copies:
         """What the threads have begun is a group."""
         self._committed[threads] += 1
 
+    def finishes(self, threads: np.ndarray, pending: int) -> int:
+        """How many copies are still under way that such a wait would be for."""
+        chosen = [np.isin(copy.threads, threads) for copy in self._open]
+        return sum(
+            int((each & (copy.groups < self._committed[copy.threads] - pending)).sum())
+            for each, copy in zip(chosen, self._open, strict=True)
+        )
+
     def wait(self, threads: np.ndarray, pending: int) -> None:
         """Until all but the last `pending` groups of each thread are there; -1 for what is in no group as well."""
         waiting = np.zeros(self._committed.size, bool)
@@ -164,6 +172,13 @@ class Products:
     def commit(self) -> None:
         """What the warps have begun is a group."""
         self._committed[np.unique(self._machine.active() // 32)] += 1
+
+    def finishes(self, threads: np.ndarray, pending: int) -> int:
+        """How many products are still under way that such a wait would be for."""
+        return sum(
+            int((np.isin(each.warps, threads // 32) & (each.groups < self._committed[each.warps] - pending)).sum())
+            for each in self._open
+        )
 
     def wait(self, pending: int) -> None:
         """Until all but the last `pending` groups of each warp are done."""

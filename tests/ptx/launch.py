@@ -68,14 +68,16 @@ class Ran:
     """What a launch has done.
 
     Attributes:
-        taken: places of the instructions that were carried out.
+        taken: places of the instructions that were reached.
         hazards: faults that are noted and not raised.
         steps: instructions that the longest of its blocks took.
+        meetings: barriers as they were passed, as the machine notes them.
     """
 
     taken: set[int]
     hazards: set[str]
     steps: int
+    meetings: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Launch:
         arrays = [as_bytes(storage) for storage in storages.values()]
         memory = GlobalMemory(arrays)
         place = {address: memory.address(i) for i, address in enumerate(storages)}
-        ran = Ran(set(), set(), 0)
+        ran = Ran(set(), set(), 0, [])
         program = self.kernel.program
         coordinates = np.array(np.unravel_index(range(int(np.prod(self.grid))), self.grid[::-1])).T[:, ::-1]
         at_once = max(1, _THREADS // program.threads)
@@ -124,6 +126,7 @@ class Launch:
                 machine.run()
             ran.taken.update(machine.taken)
             ran.hazards.update(machine.hazards)
+            ran.meetings = ran.meetings or machine.meetings
             ran.steps = max(ran.steps, steps - machine.steps)
         for i, array in enumerate(arrays):
             array[:] = memory.contents(i)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -35,6 +36,13 @@ def kind_dtype(kind: str) -> type:
     return (SIGNED if kind.startswith("s") else UNSIGNED)[kind_size(kind)]
 
 
+class Watcher(Protocol):
+    """Looks on before an instruction is carried out."""
+
+    def compare(self, machine: Machine, original: Instruction, reached: np.ndarray) -> None:
+        """The machine's active threads are those that have reached it and whose predicate is true."""
+
+
 class Machine:
     """Some blocks of a kernel's grid.
 
@@ -45,9 +53,10 @@ class Machine:
         mask: those that carry out the current instruction; None for all.
         undefined: those that have read, in it, what they had not written: what they compute of it is nothing that may
             be stored, multiplied by tensor cores, or decide anything; None for none.
-        taken: places of the instructions that have been carried out.
+        taken: places of the instructions that have been reached.
         hazards: faults that are noted and not raised.
-        watch: instructions to try beside those of the program, by place.
+        watch: who looks on, by place.
+        meetings: barriers as they were passed: place, and how often shared memory was accessed before.
     """
 
     def __init__(
@@ -67,7 +76,8 @@ class Machine:
         self.steps = steps
         self.taken: set[int] = set()
         self.hazards: set[str] = set()
-        self.watch: Mapping[int, Sequence[Watched]] = {}
+        self.watch: Mapping[int, Sequence[Watcher]] = {}
+        self.meetings: list[tuple[int, int]] = []
         self._parameters = dict(zip(program.parameters, parameters, strict=True))
         self._registers: dict[str, np.ndarray] = {}
         self._partial: dict[str, np.ndarray] = {}  # who has written, where not all have
@@ -199,15 +209,15 @@ class Machine:
             raise NotModelled(f"a parameter {operand}")
         return self._parameters[operand.base.name]
 
-    def results(self, handler: Callable[[Machine], None]) -> dict[str, bytes] | str:
+    def results(self, each: Instruction) -> dict[str, bytes] | str:
         """What an instruction that only writes registers would write, or how it fails; nothing is changed."""
         registers, written = dict(self._registers), dict(self._partial)
         undefined, active = self.undefined, self.active()
         try:
-            handler(self)
+            self.handler(each)(self)
             changed = [name for name, value in self._registers.items() if value is not registers.get(name)]
             return {name: self._registers[name][active].tobytes() for name in changed}
-        except PTXError as error:
+        except (PTXError, NotModelled) as error:
             return str(error)
         finally:
             self._registers, self._partial, self.undefined = registers, written, undefined
@@ -242,23 +252,25 @@ class Machine:
             self.mask = None if chosen.all() else chosen
         chosen = at if self.mask is None else self.mask
         follow = np.where(at, here + 1, self._pc)
+        self.taken.add(here)
+        for watched in self.watch.get(here, ()):
+            watched.compare(self, each, at)
         if chosen.any():
-            self.taken.add(here)
             if ".sync" in each.opcode:
-                self._meet(each, chosen)
+                self._meet(here, each, chosen)
             if each.opcode.startswith("bra"):
                 (target,) = each.operands
                 assert isinstance(target, Name)
                 follow = np.where(chosen, self.program.labels[target.name], follow)
             elif each.opcode in ("ret", "exit"):
                 follow = np.where(chosen, len(self.program.instructions), follow)
-            for watched in self.watch.get(here, ()):
-                watched.compare(self, self._handlers[here])
             self._handlers[here](self)
         self._pc = follow
 
-    def _meet(self, each: Instruction, chosen: np.ndarray) -> None:
+    def _meet(self, here: int, each: Instruction, chosen: np.ndarray) -> None:
         """Instructions that a warp's threads carry out together, and the barrier of a block."""
+        if each.opcode.startswith("bar."):
+            self.meetings.append((here, self.shared.accesses))
         warps = chosen.reshape(-1, WARP)
         if (warps.any(1) & ~warps.all(1)).any():
             raise PTXError("a warp's threads are not together")
@@ -274,19 +286,6 @@ class Machine:
         met = np.repeat(together.all(1), self.program.threads)
         self.shared.barrier(np.flatnonzero(met))
         self._waiting &= ~met
-
-
-class Watched:
-    """Another instruction in a place, and whether it has ever computed anything else there."""
-
-    def __init__(self, instruction: Instruction) -> None:
-        self.instruction = instruction
-        self.differs = False
-
-    def compare(self, machine: Machine, handler: Callable[[Machine], None]) -> None:
-        """Carry out both, and put registers back as they were."""
-        if not self.differs:
-            self.differs = machine.results(handler) != machine.results(machine.handler(self.instruction))
 
 
 def _carry_out(

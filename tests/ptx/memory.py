@@ -97,6 +97,7 @@ class SharedMemory:
         self._copied = np.zeros(n, np.int16)  # asynchronous copies to this place that are under way
         self._multiplied = np.zeros(n, np.int16)  # asynchronous products that read it
         self._unfenced = np.zeros(n, bool)
+        self.accesses = 0
         self._clock = np.zeros((2, blocks * threads), np.int32)  # of each thread: barriers of its block, of its warp
 
     def load(self, addresses: np.ndarray, size: int, threads: np.ndarray, many: bool = False) -> np.ndarray:
@@ -129,6 +130,7 @@ class SharedMemory:
 
     def end_copy(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> None:
         """Asynchronous copies have been waited for, by the threads that began them."""
+        self.accesses += 1
         index = self._index(addresses, size, threads)
         np.subtract.at(self._copied, index, 1)
         self._note_write(index, threads[:, None])
@@ -142,6 +144,7 @@ class SharedMemory:
 
     def end_product(self, index: np.ndarray, threads: np.ndarray) -> None:
         """The warp has waited for its product."""
+        self.accesses += 1
         np.subtract.at(self._multiplied, index, 1)
         self._note_read(index, np.broadcast_to(threads, index.shape), many=True)
 
@@ -179,6 +182,7 @@ class SharedMemory:
         return self.places(addresses, size, threads)[:, None] + np.arange(size)
 
     def _check_read(self, index: np.ndarray, threads: np.ndarray) -> None:
+        self.accesses += 1
         writer = self._writer[index]
         if (writer == -1).any():
             raise PTXError("shared memory read before it is written")
@@ -188,6 +192,7 @@ class SharedMemory:
             raise PTXError("race: shared memory read after another thread's write, with nothing between")
 
     def _check_write(self, index: np.ndarray, threads: np.ndarray) -> None:
+        self.accesses += 1
         if self._copied[index].any():
             raise PTXError("race: shared memory written while it is copied to")
         if self._multiplied[index].any():
