@@ -107,6 +107,13 @@ def fma(
     _put(machine, result, value, kind, flush)
 
 
+@instruction(r"fma\.rn\.f32\.(?P<kind>bf16|f16)")
+def mixed_fma(machine: Machine, result: Operand, a: Operand, b: Operand, c: Operand, kind: str) -> None:
+    """The product of two-byte floats added to an fp32."""
+    x, y = (_floats(machine, each, kind, None).astype(np.float64) for each in (a, b))
+    machine.write(result, (x * y + machine.read(c, "f32")).astype(np.float32))
+
+
 @instruction(r"(?P<name>add|mul|fma)(?:\.rn)?(?P<flush>\.ftz)?\.f32x2")
 def of_two(machine: Machine, result: Operand, *operands: Operand, name: str, flush: str | None) -> None:
     """Two fp32 in 64 bits."""
@@ -242,7 +249,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 
 
-@instruction(rf"setp\.(?P<how>eq|ne|lt|le|gt|ge)\.(?P<kind>[usb](?:16|32|64))")
+@instruction(r"setp\.(?P<how>eq|ne|lt|le|gt|ge)\.(?P<kind>[usb](?:16|32|64))")
 def compare(machine: Machine, result: Operand, a: Operand, b: Operand, how: str, kind: str) -> None:
     """Of integers."""
     function = np.not_equal if how == "ne" else _COMPARE[how]

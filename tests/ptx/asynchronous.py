@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 INPUT_HAZARD = "a register of A is written while wgmma reads it"
-"""The one fault that is noted and not raised: Triton to 3.7 makes it in loops (triton-lang/triton, issue 9433). Products
-are computed from what the register held when they began."""
+"""The one fault that is noted and not raised: Triton 3.7 makes it in loops (triton-lang/triton, issue 9433).
+Products are computed from what the registers of A held when they began."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Kernel:
     Attributes:
         name: as the wrapper calls it.
         template: whether the wrapper says how many blocks there are, as it does for templates.
-        arguments: names of what it is launched with, and whether it is a pointer; what was compiled in is not passed on.
+        arguments: names and types of what it is launched with; what was compiled in, "constexpr", is not passed on.
         config: block sizes, warps, stages.
         program: its instructions.
         shared_bytes: shared memory of a block.

@@ -1,7 +1,7 @@
 """The machine: registers of all threads of some blocks, and the order in which instructions are carried out.
 
-Threads run in lockstep where they are at the same instruction, those at the smallest place first elsewhere, so that they
-meet again as soon as they can. Registers are arrays over threads, replaced when they are written, never changed.
+Threads run in lockstep where they are at the same instruction, those at the smallest place first elsewhere, so that
+they meet again as soon as they can. Registers are arrays over threads, replaced when they are written, never changed.
 """
 
 from __future__ import annotations

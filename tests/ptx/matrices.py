@@ -1,7 +1,7 @@
 """Products of a warp (mma.sync, dense and sparse), and the loads and stores of its fragments.
 
-A fragment is a matrix spread over the 32 threads of a warp (PTX ISA, matrix fragments). Thread l is g = l / 4, t = l % 4;
-a register holds e elements next to each other along K: two of 16 bits, one of 32.
+A fragment is a matrix spread over the 32 threads of a warp (PTX ISA, matrix fragments). Thread l has g = l / 4 and
+t = l % 4; a register holds e elements next to each other along K: two of 16 bits, one of 32.
 
     A [16, K]  register r, element i  ->  row g + 8 (r % 2), column e t + i + 4 e (r / 2)
     B [K, 8]   register r, element i  ->  row e t + i + 4 e r, column g
@@ -101,7 +101,7 @@ def multiply_sparse(
 
 
 def expand(stored: np.ndarray, metadata: np.ndarray, selector: int) -> np.ndarray:
-    """`[warps, 16, 16]` stored values, and words of the two threads of four that `selector` names, to `[warps, 16, 32]`.
+    """`[warps, 16, 16]` stored values to `[warps, 16, 32]`, by the words of the two threads of four that are selected.
 
     Of a word the lower half is of row g, the upper of row g + 8: four bits for two values.
     """

@@ -136,7 +136,7 @@ class SharedMemory:
         self._note_write(index, threads[:, None])
 
     def begin_product(self, index: np.ndarray, threads: np.ndarray) -> None:
-        """A product reads places (`index` is as `places` returns) until it is waited for; `threads` are one of its warp."""
+        """A product reads places (as `places` returns) until it is waited for; `threads` are one of each warp."""
         self._check_read(index, threads)
         if self._unfenced[index].any():
             raise PTXError("wgmma reads what fence.proxy.async has not made visible to it")

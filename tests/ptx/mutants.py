@@ -1,7 +1,7 @@
 """Faults planted in the PTX of a kernel: what a compiler, or a template, may get wrong.
 
-A mutant is one instruction changed or left out. Some are the same program: what is planted is decided by rules, on a run
-of the kernel as it is.
+A mutant is one instruction changed or left out. Some are the same program: what is planted is decided by rules, on a
+run of the kernel as it is.
 
 - Only instructions that were carried out are changed.
 - One that writes registers is changed only where the changed one has written something else to them, in that run.
@@ -54,9 +54,9 @@ def _changes(each: Instruction) -> Iterator[tuple[str, str]]:
     yield from _of_synchronisation(each, operands)
     if guard and name.startswith(("ld.global", "st.", "cp.async")):
         yield "mask dropped", each.text[len(guard) :]
-    if re.match(r"(ld|st)\.(global|shared)|cp\.async\.c|ldmatrix|stmatrix", name):
+    if re.match(r"(ld|st)\.(global|shared)|cp\.async\.c[ag]|ldmatrix|stmatrix", name):
         yield from (("offset wrong", f"{guard}{name} {moved}") for moved in _moved(body, _step(name, operands)))
-    if name.startswith("cp.async.c") and len(operands) > 3:
+    if name.startswith(("cp.async.ca", "cp.async.cg")) and len(operands) > 3:
         yield "mask dropped", with_operands([*operands[:3], operands[2]])
         yield "copy dropped", "nop"
     if name.startswith("setp"):

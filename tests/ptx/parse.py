@@ -178,7 +178,7 @@ def _declared(statement: str, scope: dict[str, str] | None, number: int) -> dict
 
 
 def _renamed(statement: str, scopes: Sequence[dict[str, str]]) -> str:
-    for names in scopes:
+    for names in reversed(scopes):
         for name, own in names.items():
             statement = re.sub(rf"(?<![\w%#.$]){re.escape(name)}(?![\w#.])", own, statement)
     return statement

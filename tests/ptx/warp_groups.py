@@ -1,9 +1,9 @@
 """Products of four warps together (wgmma), asynchronous: A in registers, B in shared memory.
 
 Each warp multiplies its 16 rows of A, held as in mma.sync, by all of B. Where B lies a descriptor says (PTX ISA, matrix
-descriptor): bytes over 16 of the start in bits 0 to 13, of the leading offset in 16 to 29, of the stride offset in 32 to
-45, and the swizzle in 62 and 63. In memory it is made of atoms of eight rows of 32, 64 or 128 bytes, whose chunks of 16
-bytes are swizzled: the number of the row is added, without carry, to that of the chunk.
+descriptor): in units of 16 bytes the start in bits 0 to 13, the leading offset in 16 to 29, the stride offset in 32
+to 45; the swizzle in 62 and 63. In memory it is made of atoms of eight rows of 32, 64 or 128 bytes, whose chunks of 16
+bytes are swizzled: bits of the address above 128 are added, without carry, to the number of the chunk.
 """
 
 from __future__ import annotations

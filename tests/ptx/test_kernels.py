@@ -1,0 +1,67 @@
+"""The generated kernels, executed as PTX: every case for one target here, for all by `python -m tests.ptx`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ptx.asynchronous import INPUT_HAZARD
+from tests.ptx.cases import BY_NAME, CASES, TARGETS, build
+from tests.ptx.run import run
+from tests.support import with_slow
+
+EACH = [f"{case.name} on {case.targets[i % len(case.targets)]}" for i, case in enumerate(CASES)]
+QUICK = {
+    "tails on sm_80",
+    "many tokens on sm_80",
+    "wide columns on sm_120",
+    "one token, tails on sm_86",
+    "gated, one token on sm_80",
+    "block on sm_89",
+}
+
+
+@pytest.mark.parametrize("which", with_slow(EACH, QUICK))
+def test_right_and_without_a_fault(which):
+    """Asynchronous work as early as it may be, and as late."""
+    name, target = which.split(" on ")
+    case = BY_NAME[name]
+    built = build(case, target)
+    for late in (False, True):
+        done = run(built.generated.wrapper, built.inputs, target, late)
+        built.check(done.outputs)
+        assert done.hazards <= ({INPUT_HAZARD} if target == "sm_90" else set())
+
+
+def multiplies(name: str, target: str) -> str:
+    """What multiplies in the sparse kernel of a case, as its PTX says it."""
+    built = build(BY_NAME[name], target)
+    done = run(built.generated.wrapper, built.inputs, target)
+    built.check(done.outputs)
+    (launch,) = (each for each in done.launches if each.kernel.template)
+    opcodes = {each.opcode for each in launch.kernel.program.instructions}
+    return next(kind for kind in ("wgmma.mma_async", "mma.sync", "fma.rn") if any(kind in each for each in opcodes))
+
+
+def test_warp_groups_multiply_on_hopper():
+    """So that asynchronous products are among what is executed in every run."""
+    assert multiplies("many tokens", "sm_90") == "wgmma.mma_async"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "target", "kind"),
+    [
+        ("many tokens", "sm_120", "mma.sync"),
+        ("tf32", "sm_90", "wgmma.mma_async"),
+        ("tf32", "sm_80", "mma.sync"),
+        ("fp32", "sm_90", "fma.rn"),
+        ("one token", "sm_90", "fma.rn"),
+    ],
+)
+def test_what_multiplies(name, target, kind):
+    assert multiplies(name, target) == kind
+
+
+def test_every_target_and_case_is_here():
+    assert {each.split(" on ")[1] for each in EACH} == set(TARGETS)
+    assert set(EACH) >= QUICK
