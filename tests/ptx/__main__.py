@@ -1,6 +1,6 @@
 """`python -m tests.ptx`: execute every case as PTX, plant mutants, and print what was found.
 
-Takes about an hour. `--mutants 0` leaves the mutants out; cases and targets can be named.
+Takes half an hour. `--mutants 0` leaves the mutants out; cases and targets can be named.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from tests.ptx.cases import BY_NAME, TARGETS, Case, build, pairs
+from tests.ptx.cases import BY_NAME, HUNTED, TARGETS, Case, build, pairs
 from tests.ptx.errors import NotModelled, PTXError
 from tests.ptx.hunt import Hunt, hunt
 from tests.ptx.run import Run, run
@@ -37,7 +37,7 @@ class Totals:
             for late in (False, True):
                 done = run(built.generated.wrapper, built.inputs, target, late)
                 built.check(done.outputs)
-            if mutants and done:
+            if mutants and done and case.name in HUNTED and target not in ("sm_86", "sm_89"):
                 found = hunt(built, done, mutants)
         except (PTXError, NotModelled, AssertionError) as error:
             self.failures.append(f"{target} {case.name}: {type(error).__name__}: {error}")
@@ -72,6 +72,7 @@ class Totals:
         for kind in sorted(planted):
             print(f"{kind:<32}{planted[kind]:>8}{caught[kind]:>8}")
         print(f"{'all':<32}{planted.total():>8}{caught.total():>8}  {caught.total() / planted.total():.1%}")
+        print(f"{self.hunt.same} others changed nothing that went anywhere")
         print("\ncaught as")
         for way, count in self.hunt.ways.most_common():
             print(f"{count:>8}  {way}")

@@ -15,6 +15,7 @@ import numpy as np
 
 from tests.ptx.errors import PTXError
 from tests.ptx.memory import SharedMemory
+from tests.ptx.parse import Register, Vector
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
@@ -127,7 +128,10 @@ class Products:
         self._reading: dict[str, np.ndarray] = {}  # threads whose products use a register, by its name
         self._adding: dict[str, np.ndarray] = {}
         self._unfenced: dict[str, np.ndarray] = {}  # threads that have written a register since their last fence
-        self._used = any(each.opcode.startswith("wgmma.mma_async") for each in machine.program.instructions)
+        products = [each for each in machine.program.instructions if each.opcode.startswith("wgmma.mma_async")]
+        self._used = bool(products)
+        vectors = [each for product in products for each in product.operands[:2] if isinstance(each, Vector)]
+        self._names = {each.name for vector in vectors for each in vector.items if isinstance(each, Register)}
 
     def check_read(self, name: str) -> None:
         """No thread reads a register that its products add to."""
@@ -141,7 +145,7 @@ class Products:
         self.check_read(name)
         active = self._machine.active()
         if name in self._reading and self._reading[name][active].any():
-            self._machine.hazards.add(INPUT_HAZARD)
+            self._machine.hazards.add((INPUT_HAZARD, name))
         if name not in self._unfenced:
             self._unfenced[name] = np.zeros(self._machine.threads, bool)
         self._unfenced[name][active] = True
@@ -152,6 +156,10 @@ class Products:
             self._unfenced.clear()
         for threads in self._unfenced.values():
             threads[self._machine.active()] = False
+
+    def orders(self, threads: np.ndarray) -> bool:
+        """Whether threads have written to a register of some product since their last fence."""
+        return any(self._unfenced[name][threads].any() for name in self._names & self._unfenced.keys())
 
     def begin(self, product: Product) -> None:
         """Begin a product."""

@@ -69,15 +69,19 @@ class Ran:
 
     Attributes:
         taken: places of the instructions that were reached.
-        hazards: faults that are noted and not raised.
+        hazards: faults that are noted and not raised, and the registers that they are of.
         steps: instructions that the longest of its blocks took.
         meetings: barriers as they were passed, as the machine notes them.
+        digest: tells apart what was stored, where memory was accessed, and which branches were taken.
+        read_back: places of instructions that wrote to shared memory what was read there; noted where somebody watches.
     """
 
     taken: set[int]
-    hazards: set[str]
+    hazards: set[tuple[str, str]]
     steps: int
     meetings: list[tuple[int, int]]
+    read_back: set[int]
+    digest: list[int]
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Launch:
         arrays = [as_bytes(storage) for storage in storages.values()]
         memory = GlobalMemory(arrays)
         place = {address: memory.address(i) for i, address in enumerate(storages)}
-        ran = Ran(set(), set(), 0, [])
+        ran = Ran(set(), set(), 0, [], set(), [])
         program = self.kernel.program
         coordinates = np.array(np.unravel_index(range(int(np.prod(self.grid))), self.grid[::-1])).T[:, ::-1]
         at_once = max(1, _THREADS // program.threads)
@@ -122,12 +126,16 @@ class Launch:
                 program, memory, self._parameters(place), blocks, self.grid, self.kernel.shared_bytes, late, steps
             )
             machine.watch = watch or {}
+            machine.shared.traces = watch is not None
             with np.errstate(all="ignore"):
                 machine.run()
             ran.taken.update(machine.taken)
+            ran.digest += [machine.branches, machine.shared.digest]
+            ran.read_back.update(machine.shared.read_back)
             ran.hazards.update(machine.hazards)
             ran.meetings = ran.meetings or machine.meetings
             ran.steps = max(ran.steps, steps - machine.steps)
+        ran.digest.append(memory.digest)
         for i, array in enumerate(arrays):
             array[:] = memory.contents(i)
         return ran

@@ -6,6 +6,7 @@ they meet again as soon as they can. Registers are arrays over threads, replaced
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -54,7 +55,8 @@ class Machine:
         undefined: those that have read, in it, what they had not written: what they compute of it is nothing that may
             be stored, multiplied by tensor cores, or decide anything; None for none.
         taken: places of the instructions that have been reached.
-        hazards: faults that are noted and not raised.
+        hazards: faults that are noted and not raised, and the registers that they are of.
+        branches: sums up who has taken which.
         watch: who looks on, by place.
         meetings: barriers as they were passed: place, and how often shared memory was accessed before.
     """
@@ -75,8 +77,9 @@ class Machine:
         self._unwritten = ""
         self.steps = steps
         self.taken: set[int] = set()
-        self.hazards: set[str] = set()
+        self.hazards: set[tuple[str, str]] = set()
         self.watch: Mapping[int, Sequence[Watcher]] = {}
+        self.branches = 0
         self.meetings: list[tuple[int, int]] = []
         self._parameters = dict(zip(program.parameters, parameters, strict=True))
         self._registers: dict[str, np.ndarray] = {}
@@ -213,6 +216,7 @@ class Machine:
         """What an instruction that only writes registers would write, or how it fails; nothing is changed."""
         registers, written = dict(self._registers), dict(self._partial)
         undefined, active = self.undefined, self.active()
+        self.shared.quiet = True
         try:
             self.handler(each)(self)
             changed = [name for name, value in self._registers.items() if value is not registers.get(name)]
@@ -221,6 +225,7 @@ class Machine:
             return str(error)
         finally:
             self._registers, self._partial, self.undefined = registers, written, undefined
+            self.shared.quiet = False
 
     # The order of things.
 
@@ -253,6 +258,7 @@ class Machine:
         chosen = at if self.mask is None else self.mask
         follow = np.where(at, here + 1, self._pc)
         self.taken.add(here)
+        self.shared.place = here
         for watched in self.watch.get(here, ()):
             watched.compare(self, each, at)
         if chosen.any():
@@ -262,6 +268,7 @@ class Machine:
                 (target,) = each.operands
                 assert isinstance(target, Name)
                 follow = np.where(chosen, self.program.labels[target.name], follow)
+                self.branches = zlib.crc32(chosen, self.branches)
             elif each.opcode in ("ret", "exit"):
                 follow = np.where(chosen, len(self.program.instructions), follow)
             self._handlers[here](self)

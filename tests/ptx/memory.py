@@ -6,6 +6,8 @@ every place, who wrote and who read it last, and what asynchronous work is still
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 
 from tests.ptx.errors import PTXError
@@ -15,7 +17,17 @@ _ALIGNMENT = 512
 _GUARD = 1024
 
 
-class GlobalMemory:
+class _Traced:
+    """Memory that sums up what is done to it: `digest` tells different accesses and stores apart."""
+
+    digest = 0
+
+    def _trace(self, *arrays: np.ndarray) -> None:
+        for array in arrays:
+            self.digest = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1), self.digest)
+
+
+class GlobalMemory(_Traced):
     """The buffers of one launch. Their places are aligned as an allocator's are."""
 
     def __init__(self, buffers: list[np.ndarray]) -> None:
@@ -52,6 +64,7 @@ class GlobalMemory:
     def store(self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
         """Store `data`, bytes `[threads, size]`. Several threads may store the same value at a place."""
         index = self._index(addresses, data.shape[1], "store")
+        self._trace(data)
         writer = self._writer[index]
         differs = self._data[index] != data
         if (differs & (writer >= 0) & (writer != threads[:, None])).any():
@@ -64,6 +77,7 @@ class GlobalMemory:
     def _index(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
         if (addresses % size).any():
             raise PTXError(f"misaligned global {what}")
+        self._trace(addresses)
         first = addresses - BASE
         last = first + size - 1
         # The room between buffers is wider than any access.
@@ -76,7 +90,7 @@ class GlobalMemory:
         return first[:, None] + np.arange(size)
 
 
-class SharedMemory:
+class SharedMemory(_Traced):
     """Shared memory of a number of blocks, and the accesses that nothing orders.
 
     An access is ordered after another of the same thread, of the same warp if `bar.warp.sync` stands between, and of
@@ -98,20 +112,27 @@ class SharedMemory:
         self._multiplied = np.zeros(n, np.int16)  # asynchronous products that read it
         self._unfenced = np.zeros(n, bool)
         self.accesses = 0
+        # For whoever plants faults: reads that leave no trace, and which instructions' writes are read.
+        self.quiet, self.traces, self.place = False, False, 0
+        self.read_back: set[int] = set()
+        self._source = np.full(n, -1, np.int32)
         self._clock = np.zeros((2, blocks * threads), np.int32)  # of each thread: barriers of its block, of its warp
 
     def load(self, addresses: np.ndarray, size: int, threads: np.ndarray, many: bool = False) -> np.ndarray:
         """`size` bytes at each thread's address; `many` if what is read goes to other threads of the warp as well."""
         index = self._index(addresses, size, threads)
-        self._check_read(index, threads[:, None])
-        self._note_read(index, threads[:, None], many)
+        if not self.quiet:
+            self._check_read(index, threads[:, None])
+            self._note_read(index, threads[:, None], many)
         return self._data[index]
 
     def store(self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
         """Store `data`, bytes `[threads, size]`."""
         index = self._index(addresses, data.shape[1], threads)
+        self._trace(data)
         self._check_write(index, threads[:, None])
         self._note_write(index, threads[:, None])
+        self._source[index] = self.place
         self._data[index] = data
         if (self._data[index] != data).any():
             raise PTXError("shared stores of different values at one place")
@@ -121,11 +142,13 @@ class SharedMemory:
         index = self._index(addresses, size, threads)
         self._check_write(index, threads[:, None])
         np.add.at(self._copied, index, 1)
+        self._source[index] = self.place
         if (self._copied[index] > 1).any():
             raise PTXError("two asynchronous copies to one place")
 
     def fill(self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
         """The bytes of asynchronous copies arrive."""
+        self._trace(data)
         self._data[self._index(addresses, data.shape[1], threads)] = data
 
     def end_copy(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> None:
@@ -169,20 +192,29 @@ class SharedMemory:
 
     def fence(self, threads: np.ndarray) -> None:
         """Threads make what they have written, or see written before a barrier, visible to asynchronous products."""
+        self._unfenced &= ~self._visible(threads)
+
+    def fences(self, threads: np.ndarray) -> bool:
+        """Whether there is anything that such a fence would be for."""
+        return bool((self._unfenced & self._visible(threads)).any())
+
+    def _visible(self, threads: np.ndarray) -> np.ndarray:
         now = np.full(self._unfenced.size // max(self.size, 1), -1, np.int32)
         now[threads // self._threads] = self._clock[0, threads]
         mine = np.zeros(self._clock.shape[1] + 1, bool)
         mine[threads] = True
-        visible = (self._write_time[0] < np.repeat(now, self.size)) | mine[self._writer]
-        self._unfenced &= ~visible
+        return (self._write_time[0] < np.repeat(now, self.size)) | mine[self._writer]
 
     def _index(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         if (addresses % size).any():
             raise PTXError("misaligned shared access")
+        self._trace(addresses)
         return self.places(addresses, size, threads)[:, None] + np.arange(size)
 
     def _check_read(self, index: np.ndarray, threads: np.ndarray) -> None:
         self.accesses += 1
+        if self.traces:
+            self.read_back.update(np.unique(self._source[index]).tolist())
         writer = self._writer[index]
         if (writer == -1).any():
             raise PTXError("shared memory read before it is written")

@@ -4,9 +4,14 @@ A mutant is one instruction changed or left out. Some are the same program: what
 run of the kernel as it is.
 
 - Only instructions that were carried out are changed.
-- One that writes registers is changed only where the changed one has written something else to them, in that run.
-- A wait is weakened only where the weaker one would have left something unfinished, a predicate or the size of a copy
-  taken away only where it was false, or zero, in a thread.
+- One that writes registers is changed only where the changed one has written something else to them, in that run, and
+  only where some other instruction names one of them.
+- One that writes to shared memory is changed only where something that it has written was read, in that run.
+- A wait is weakened only where the weaker one would have left something unfinished; a fence is dropped only where
+  something was written since the last one, by a thread that it is for; a predicate or the size of a copy is taken away
+  only where it was false, or zero, in a thread.
+- One that writes registers does not count where its own run has accessed the same places of memory, stored the same
+  there and taken the same branches: what it changed went nowhere.
 - A barrier is dropped only where shared memory was accessed since the last one, and again before the next.
 
 Of each kind as many are taken of a kernel as are asked for, spread evenly over it.
@@ -15,13 +20,17 @@ Of each kind as many are taken of a kernel as are asked for, spread evenly over 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from tests.ptx.launch import Ran
 from tests.ptx.machine import Machine
 from tests.ptx.parse import Instruction, Program, instruction, split
+
+REGISTER = r"%[a-z]+\d+|[%\w]+#\d+"
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,12 @@ class Mutant:
 
 def candidates(program: Program, taken: set[int]) -> Iterator[Mutant]:
     """All changes of instructions that were carried out, equivalent ones among them."""
+    named = Counter(name for each in program.instructions for name in set(re.findall(REGISTER, each.text)))
     for place in sorted(taken):
         each = program.instructions[place]
+        results = re.findall(REGISTER, split(each.text)[0])
+        if results and all(named[name] == 1 for name in results):
+            continue
         for kind, text in _changes(each):
             if text != each.text:
                 yield Mutant(kind, place, text)
@@ -172,7 +185,11 @@ class Watched:
             work = machine.products if name.startswith("wgmma") else machine.copies
             weak, strong = (int(each.text.split()[-1]) for each in (self.instruction, original))
             self.differs = work.finishes(active, strong) > work.finishes(active, weak)
-        elif re.match(r"(ld|st|cp|ldmatrix|stmatrix|mma|wgmma|shfl|fence)\b", name):
+        elif name == "wgmma.fence.sync.aligned":
+            self.differs = machine.products.orders(active)
+        elif name.startswith("fence.proxy"):
+            self.differs = machine.shared.fences(active)
+        elif re.match(r"(st|cp|stmatrix|wgmma)\b", name):
             self.differs = True
         else:
             self.differs = machine.results(original) != machine.results(self.instruction)
@@ -193,12 +210,15 @@ def separating(program: Program, meetings: list[tuple[int, int]]) -> set[int]:
     return found
 
 
-def plant(watched: Mapping[int, list[Watched]], barriers: set[int], most: int) -> list[Mutant]:
+def plant(program: Program, watched: Mapping[int, list[Watched]], ran: Ran, most: int) -> list[Mutant]:
     """Of each kind at most so many that make a difference, spread over the kernel."""
     kinds: dict[str, list[Mutant]] = {}
+    barriers = separating(program, ran.meetings)
     for place in sorted(watched):
+        writes = re.match(r"cp\.async\.c[ag]|st\.shared|stmatrix", program.instructions[place].opcode)
         for each in watched[place]:
-            if each.differs or (each.mutant.kind == "barrier dropped" and place in barriers):
+            differs = place in barriers if each.mutant.kind == "barrier dropped" else each.differs
+            if differs and (not writes or place in ran.read_back):
                 kinds.setdefault(each.mutant.kind, []).append(each.mutant)
     return [each for found in kinds.values() for each in spread(found, most)]
 

@@ -54,7 +54,7 @@ def run(wrapper: str, inputs: Sequence[Any], target: str, late: bool = True) -> 
 
         def run(self, *arguments: Any, stream: Any) -> None:
             launch = Launch.of(self.kernel, arguments)
-            done.hazards |= launch.run(late).hazards
+            done.hazards |= {fault for fault, _ in launch.run(late).hazards}
             done.launches.append(launch)
 
     with (

@@ -32,6 +32,20 @@ def test_right_and_without_a_fault(which):
         assert done.hazards <= ({INPUT_HAZARD} if target == "sm_90" else set())
 
 
+@pytest.mark.parametrize(
+    "which",
+    with_slow(
+        ["odd groups on sm_80", "one token, tails on sm_120", "many tokens on sm_90"], {"one token, tails on sm_120"}
+    ),
+)
+def test_rows_have_nothing_to_do_with_each_other(which):
+    """What a load brings of the next row is masked, or multiplied by nothing: infinities would show."""
+    name, target = which.split(" on ")
+    built = build(BY_NAME[name], target)
+    built.spoil()
+    built.check(run(built.generated.wrapper, built.inputs, target).outputs, step=2)
+
+
 def multiplies(name: str, target: str) -> str:
     """What multiplies in the sparse kernel of a case, as its PTX says it."""
     built = build(BY_NAME[name], target)

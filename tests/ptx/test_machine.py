@@ -205,7 +205,7 @@ def test_registers_that_a_product_reads_are_noted_when_they_are_written():
     body = "shl.b32 %r9, %r0, 4;" + PRODUCT.format(
         fence="fence.proxy.async;", order="wgmma.fence.sync.aligned;", wait="mov.b32 %r10, 1;"
     ).replace("mov.b32 %r10, %r20;", "wgmma.wait_group.sync.aligned 0;")
-    assert execute(body, words(128), 128, shared=2048)[1].hazards == {INPUT_HAZARD}
+    assert execute(body, words(128), 128, shared=2048)[1].hazards == {(INPUT_HAZARD, "%r10")}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from tests.ptx.cases import BY_NAME, build
 from tests.ptx.hunt import hunt
+from tests.ptx.launch import Ran
 from tests.ptx.mutants import Mutant, Watched, candidates, plant, separating
 from tests.ptx.parse import instruction, parse
 from tests.ptx.run import run
@@ -39,6 +40,7 @@ PROGRAM = parse("""
         setp.lt.s32 %p2, %r1, 5;
         cp.async.wait_group 1;
         mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1, %r2}, {%r3, %r4}, {%r5, %r5}, {%r1, %r2};
+        @%p2 st.global.b32 [%rd1], %r1;
         ret;
     }""")
 
@@ -59,9 +61,10 @@ def test_what_is_planted():
 
 def test_what_makes_no_difference_is_not_planted():
     watched = Watched(Mutant("bound off by one", 2, "setp.lt.s32 %p2, %r1, 4"))
-    assert plant({2: [watched]}, set(), 3) == []
+    ran = Ran(set(), set(), 0, [], set(), [])
+    assert plant(PROGRAM, {2: [watched]}, ran, 3) == []
     watched.differs = True
-    assert plant({2: [watched]}, set(), 3) == [watched.mutant]
+    assert plant(PROGRAM, {2: [watched]}, ran, 3) == [watched.mutant]
 
 
 def test_barriers_that_separate_nothing():
