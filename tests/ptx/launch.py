@@ -121,6 +121,7 @@ class Launch:
         coordinates = np.array(np.unravel_index(range(int(np.prod(self.grid))), self.grid[::-1])).T[:, ::-1]
         at_once = max(1, _THREADS // program.threads)
         for first in range(0, len(coordinates), at_once):
+            memory.first_thread = first * program.threads
             blocks = coordinates[first : first + at_once]
             machine = Machine(
                 program, memory, self._parameters(place), blocks, self.grid, self.kernel.shared_bytes, late, steps

@@ -39,6 +39,7 @@ class GlobalMemory(_Traced):
         self._data = np.full(top, 0xFF, np.uint8)
         self._allowed = np.zeros(top, bool)
         self._writer = np.full(top, -1, np.int64)
+        self.first_thread = 0  # of those that run now, among all of the launch
         self._places = [(place, buffer.size) for place, buffer in zip(places, buffers, strict=True)]
         for (place, size), buffer in zip(self._places, buffers, strict=True):
             self._data[place : place + size] = buffer
@@ -55,7 +56,7 @@ class GlobalMemory(_Traced):
 
     def load(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
         """`size` bytes at each address: `[threads, size]`."""
-        index = self._index(addresses, size, "load")
+        index, threads = self._index(addresses, size, "load"), threads + self.first_thread
         writer = self._writer[index]
         if ((writer >= 0) & (writer != threads[:, None])).any():
             raise PTXError("global load of what another thread of this launch stores")
@@ -63,7 +64,7 @@ class GlobalMemory(_Traced):
 
     def store(self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
         """Store `data`, bytes `[threads, size]`. Several threads may store the same value at a place."""
-        index = self._index(addresses, data.shape[1], "store")
+        index, threads = self._index(addresses, data.shape[1], "store"), threads + self.first_thread
         self._trace(data)
         writer = self._writer[index]
         differs = self._data[index] != data

@@ -9,6 +9,7 @@ from tests.codegen.triton import ptx as inline
 from tests.ptx.asynchronous import INPUT_HAZARD
 from tests.ptx.errors import NotModelled, PTXError
 from tests.ptx.machine import Machine
+from tests.ptx.matrices import expand
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parse import parse
 
@@ -105,13 +106,31 @@ def test_a_warp_multiplies_matrices():
         mov.b32 %r21, 0; mov.b32 %r30, 0f3F800000;
         mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%r40, %r41, %r42, %r43}}, {{%r10, %r11, %r12, %r13}},
             {{%r20, %r21}}, {{%r30, %r30, %r30, %r30}};
-        mad.wide.u32 %rd6, %r4, 8, %rd1; shl.b32 %r8, %r2, 2; add.s32 %r8, %r8, %r3;
+        shl.b32 %r8, %r2, 2; add.s32 %r8, %r8, %r3;
         mad.wide.u32 %rd6, %r8, 8, %rd1;
         st.global.v2.b32 [%rd6], {{%r40, %r41}}; st.global.v2.b32 [%rd6+256], {{%r42, %r43}};
     """
     result, _ = execute(body, a.reshape(-1).view(np.float32))
     expected = a[:, :8].astype(np.float32) + 1
     assert (result.view(np.float32).reshape(16, 8) == expected).all()
+
+
+@pytest.mark.parametrize("selector", [0, 1])
+def test_sparse_values_are_put_where_their_metadata_says(selector):
+    """mma.sp: two of every four columns, row g + 8 in the upper half of a word that thread 2s or 2s + 1 of four holds."""
+    random = np.random.default_rng(0)
+    full, stored = np.zeros((1, 16, 32), np.uint16), np.zeros((1, 16, 16), np.uint16)
+    metadata = np.zeros((1, 32), np.uint32)
+    for row in range(16):
+        for quad in range(8):
+            places = np.sort(random.permutation(4)[:2])
+            for i, place in enumerate(places):
+                stored[0, row, 2 * quad + i] = full[0, row, 4 * quad + place] = random.integers(1, 999)
+            lane = 4 * (row % 8) + 2 * selector + quad // 4
+            metadata[0, lane] |= int(places[0] | places[1] << 2) << (16 * (row // 8) + 4 * (quad % 4))
+    assert (expand(stored, metadata, selector) == full).all()
+    with pytest.raises(PTXError, match="not in order"):
+        expand(stored, metadata * 0, selector)
 
 
 SWAP = (
