@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 
 INPUT_HAZARD = "a register of A is written while wgmma reads it"
-"""The one fault that is noted and not raised: Triton 3.7 makes it in loops (triton-lang/triton, issue 9433).
-Products are computed from what the registers of A held when they began."""
+"""Noted and not raised: Triton to 3.7 makes it in loops, 3.9 does not (triton-lang/triton, issue 9433). Products are
+computed from what the registers of A held when they began."""
+COPY_HAZARD = "wgmma reads what was copied asynchronously, with no fence.proxy.async since"
+"""Noted and not raised: Triton 3.6 leaves fences out there, 3.7 does not."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class Products:
         for name in (*product.accumulators, *product.inputs):
             if name in self._unfenced and self._unfenced[name][threads].any():
                 raise PTXError(f"wgmma uses {name}, written since the last wgmma.fence")
-        self._machine.shared.begin_product(product.places, self._first(product))
+        if self._machine.shared.begin_product(product.places, self._first(product)):
+            self._machine.hazards.add((COPY_HAZARD, ""))
         if not self._late:
             product.compute(np.ones(product.warps.size, bool))
         self._open.append(product)

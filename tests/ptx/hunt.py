@@ -127,8 +127,8 @@ def _caught(
         each.restore()
         try:
             ran = changed.run(each.late, steps)
-            if ran.hazards - plain.hazards:
-                return "error: a register that wgmma uses is written"
+            for hazard, _ in ran.hazards - plain.hazards:
+                return f"error: {hazard}"
             same &= each.step > 1 or ran.digest == each.digest
             if each.is_as_noted():
                 continue

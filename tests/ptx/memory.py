@@ -111,7 +111,7 @@ class SharedMemory(_Traced):
         self._read_time = np.full((2, n), -1, np.int32)
         self._copied = np.zeros(n, np.int16)  # asynchronous copies to this place that are under way
         self._multiplied = np.zeros(n, np.int16)  # asynchronous products that read it
-        self._unfenced = np.zeros(n, bool)
+        self._unfenced = np.zeros(n, np.int8)  # since the last fence: 1, copied to; 2, written
         self.accesses = 0
         # For whoever plants faults: reads that leave no trace, and which instructions' writes are read.
         self.quiet, self.traces, self.place = False, False, 0
@@ -133,6 +133,7 @@ class SharedMemory(_Traced):
         self._trace(data)
         self._check_write(index, threads[:, None])
         self._note_write(index, threads[:, None])
+        self._unfenced[index] = 2
         self._source[index] = self.place
         self._data[index] = data
         if (self._data[index] != data).any():
@@ -158,13 +159,19 @@ class SharedMemory(_Traced):
         index = self._index(addresses, size, threads)
         np.subtract.at(self._copied, index, 1)
         self._note_write(index, threads[:, None])
+        self._unfenced[index] = 1
 
-    def begin_product(self, index: np.ndarray, threads: np.ndarray) -> None:
-        """A product reads places (as `places` returns) until it is waited for; `threads` are one of each warp."""
+    def begin_product(self, index: np.ndarray, threads: np.ndarray) -> bool:
+        """A product reads places (as `places` returns) until it is waited for; `threads` are one of each warp.
+
+        Returns whether it reads what was copied there and has not been fenced since; what was written is an error.
+        """
         self._check_read(index, threads)
-        if self._unfenced[index].any():
+        unfenced = self._unfenced[index]
+        if (unfenced == 2).any():
             raise PTXError("wgmma reads what fence.proxy.async has not made visible to it")
         np.add.at(self._multiplied, index, 1)
+        return bool(unfenced.any())
 
     def end_product(self, index: np.ndarray, threads: np.ndarray) -> None:
         """The warp has waited for its product."""
@@ -193,11 +200,11 @@ class SharedMemory(_Traced):
 
     def fence(self, threads: np.ndarray) -> None:
         """Threads make what they have written, or see written before a barrier, visible to asynchronous products."""
-        self._unfenced &= ~self._visible(threads)
+        self._unfenced[self._visible(threads)] = 0
 
     def fences(self, threads: np.ndarray) -> bool:
         """Whether there is anything that such a fence would be for."""
-        return bool((self._unfenced & self._visible(threads)).any())
+        return bool(self._unfenced[self._visible(threads)].any())
 
     def _visible(self, threads: np.ndarray) -> np.ndarray:
         now = np.full(self._unfenced.size // max(self.size, 1), -1, np.int32)
@@ -266,4 +273,3 @@ class SharedMemory(_Traced):
     def _note_write(self, index: np.ndarray, threads: np.ndarray) -> None:
         self._writer[index] = threads
         self._write_time[:, index] = self._clock[:, np.broadcast_to(threads, index.shape)]
-        self._unfenced[index] = True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import triton
 
-from tests.ptx.asynchronous import INPUT_HAZARD
+from tests.ptx.asynchronous import COPY_HAZARD, INPUT_HAZARD
 from tests.ptx.cases import BY_NAME, CASES, TARGETS, build
 from tests.ptx.run import run
 from tests.support import with_slow
@@ -28,7 +29,15 @@ def test_right_and_without_a_fault(which):
     for late in (False, True):
         done = run(built.generated.wrapper, built.inputs, target, late)
         built.check(done.outputs)
-        assert done.hazards <= ({INPUT_HAZARD} if target == "sm_90" else set())
+        assert done.hazards <= known_hazards(target)
+
+
+def known_hazards(target: str) -> set[str]:
+    """What Triton is known to do on Hopper, in some versions."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if target != "sm_90" or version >= (3, 9):
+        return set()
+    return {INPUT_HAZARD} if version >= (3, 7) else {INPUT_HAZARD, COPY_HAZARD}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +54,16 @@ def test_rows_have_nothing_to_do_with_each_other(which):
     built.check(run(built.generated.wrapper, built.inputs, target).outputs, step=2)
 
 
+def test_registers_that_products_read_are_overwritten():
+    """In Triton to 3.7 (triton-lang/triton, issue 9433): the next round of the loop expands into the registers that the
+    second product of this round may still be reading. From 3.9 on they are copied first."""
+    built = build(BY_NAME["many tokens"], "sm_90")
+    done = run(built.generated.wrapper, built.inputs, "sm_90")
+    built.check(done.outputs)
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    assert version == (3, 8) or (INPUT_HAZARD in done.hazards) == (version < (3, 8))
+
+
 def multiplies(name: str, target: str) -> str:
     """What multiplies in the sparse kernel of a case, as its PTX says it."""
     built = build(BY_NAME[name], target)
@@ -55,14 +74,14 @@ def multiplies(name: str, target: str) -> str:
     return next(kind for kind in ("wgmma.mma_async", "mma.sync", "fma.rn") if any(kind in each for each in opcodes))
 
 
-def test_warp_groups_multiply_on_hopper():
-    """So that asynchronous products are among what is executed in every run."""
-    assert multiplies("many tokens", "sm_90") == "wgmma.mma_async"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "target", "kind"), [("many tokens", "sm_120", "mma.sync"), ("tf32", "sm_90", "wgmma.mma_async")]
+    ("name", "target", "kind"),
+    [
+        ("many tokens", "sm_120", "mma.sync"),
+        ("many tokens", "sm_90", "wgmma.mma_async"),
+        ("tf32", "sm_90", "wgmma.mma_async"),
+    ],
 )
 def test_what_multiplies(name, target, kind):
     assert multiplies(name, target) == kind

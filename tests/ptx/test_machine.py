@@ -117,7 +117,7 @@ def test_a_warp_multiplies_matrices():
 
 @pytest.mark.parametrize("selector", [0, 1])
 def test_sparse_values_are_put_where_their_metadata_says(selector):
-    """mma.sp: two of every four columns, row g + 8 in the upper half of a word that thread 2s or 2s + 1 of four holds."""
+    """mma.sp: two of every four columns; row g + 8 in the upper half of a word of thread 2s or 2s + 1 of four."""
     random = np.random.default_rng(0)
     full, stored = np.zeros((1, 16, 32), np.uint16), np.zeros((1, 16, 16), np.uint16)
     metadata = np.zeros((1, 32), np.uint32)
