@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vnm_compile.codegen.kernels  # noqa: F401 (says which kernels there are)
 from tests.codegen.triton.interpreter import Interpreter
 from tests.support import assert_as_accurate_as_dense
 from vnm_compile.codegen.generate import Generated

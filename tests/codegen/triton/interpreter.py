@@ -9,7 +9,6 @@ import importlib.util
 import io
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.codegen.triton.wrapper import call_wrapper
 
 
 class Interpreter:
@@ -88,14 +89,7 @@ def _serve(pipe: Any) -> None:
 
 
 def _call(wrapper: str, inputs: list[Any]) -> Any:
-    """Execute a wrapper module with the GPU's entry points replaced, and call it."""
-    text = re.sub(r"^from torch\._C import _cuda_getCurrentRawStream.*$", "", wrapper, flags=re.M)
-    text = re.sub(r"^from torch\._inductor\.async_compile import AsyncCompile$", "", text, flags=re.M)
-    names: dict[str, Any] = {"__name__": "wrapper", "AsyncCompile": _Kernels, "get_raw_stream": lambda index: 0}
-    exec(compile(text, "wrapper", "exec"), names)
-    names["empty_strided_cuda"] = _empty
-    names["copy_if_misaligned"] = lambda tensor: tensor
-    return names["call"](list(inputs))
+    return call_wrapper(wrapper, inputs, _Kernels)
 
 
 def _first_tile(
@@ -108,11 +102,6 @@ def _first_tile(
     result = torch.empty(tokens, out_features, dtype=x.dtype)
     _Kernels().triton(name, source).function[(1, 1, 1)](whole, *packed, result)
     return [result[:some].clone()]
-
-
-def _empty(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.empty_strided(size, stride, dtype=dtype)
-    return tensor.fill_(float("nan")) if dtype.is_floating_point else tensor.fill_(77)
 
 
 class _Kernels:
