@@ -53,6 +53,7 @@ def test_texts_are_apart_and_batches_repeat(tiny):
     assert len(held) > 20
 
 
+@pytest.mark.slow
 def test_documentation_to_judge_by_is_not_trained_on():
     held, training = distill.documentation()
     assert len(held) == 256
