@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 import vnm_compile as vnm

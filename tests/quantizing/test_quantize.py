@@ -175,6 +175,19 @@ def test_compressed_and_conv1d():
     torch.testing.assert_close(net(x), expected, rtol=0.05, atol=0.02)
 
 
+def test_under_other_defaults():
+    expected = vnm.quantize(model(), "int4", calibration=data(), progress=False).to_dict()
+    net, batches = model(), data()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert vnm.quantize(net, "int4", calibration=batches, progress=False).to_dict() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+    net = model()
+    with torch.device("meta"):
+        assert vnm.quantize(net, "int4", calibration=batches, progress=False).to_dict() == expected
+
+
 def test_in_inference_mode():
     net = model()
     with torch.inference_mode():

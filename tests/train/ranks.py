@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -55,6 +56,8 @@ def wrapped(way: str, rank: int) -> nn.Module:
         call = fully_shard(net)
     optimizer = torch.optim.AdamW(call.parameters(), lr=1e-2)
     training.start(STEPS, optimizer=optimizer)
+    if way == "fsdp2":
+        nan_is_told_by_all(net, training, rank)
     torch.manual_seed(1)
     for _ in range(STEPS):
         step(call, optimizer, torch.randn(8, 32).chunk(2)[rank])
@@ -68,6 +71,20 @@ def wrapped(way: str, rank: int) -> nn.Module:
         torch.testing.assert_close(call(x), expected.detach(), atol=1e-5, rtol=1e-4)
     step(call, torch.optim.SGD(call.parameters(), lr=0.0), x)  # and it trains on
     return net
+
+
+def nan_is_told_by_all(net: nn.Module, training: train.Training, rank: int) -> None:
+    """In whoever's part of a weight it is, masks moving or not: one process alone would leave the others waiting."""
+    part = net[2].parametrizations.weight.original.to_local()
+    kept = part.detach().clone()
+    for step in (1, STEPS - 1):  # the next step moves masks; it is a fixed one
+        training.step_number = step
+        if rank == 1:
+            part.detach()[0, 0] = torch.nan
+        with pytest.raises(vnm.VNMError, match="NaN"):
+            training.step()
+        part.detach().copy_(kept)
+    training.step_number = 0
 
 
 def main() -> None:

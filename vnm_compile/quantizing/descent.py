@@ -32,7 +32,8 @@ def descend(weight: Tensor, scales: Tensor, moment: Tensor, quantization: Quanti
     target = weight.t().float().contiguous()
     scales = torch.where(target == 0, 0, scales.t().float())
     damping = _DAMPING * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    second = moment.float() + damping * torch.eye(len(moment), device=moment.device)
+    second = moment.float().clone()
+    second.diagonal().add_(damping)
     rounded, slope = target.clone(), torch.zeros_like(target)  # slope: H times the error
     for _ in range(_MOST_PASSES):
         before = rounded.clone()

@@ -173,7 +173,7 @@ def quantise_packed(packed: Packed, floats: Layout, layout: Layout, moment: Tens
     else:
         spread = spread_scales(scales.to(kept.dtype), quantization, layout.kept)
         dense, by_place = (unpack(packed.replaced(0, each), floats) for each in (kept, spread))
-        whole = torch.zeros(layout.rows, layout.groups * layout.spec.m, device=kept.device)
+        whole = kept.new_zeros(layout.rows, layout.groups * layout.spec.m)
         whole[: layout.out_features, : layout.in_features] = descend(dense, by_place, moment.to(kept), quantization)
         levels = whole.view(*offsets.shape[:3], layout.spec.m).gather(3, offsets).reshape(kept.shape)
     return Packed(store_levels(levels.to(torch.int8), quantization), *packed[1:3], scales)

@@ -87,9 +87,9 @@ class MaskedLayer:
         return _whole(self.parameter)  # type: ignore[arg-type]
 
     def holds_nan(self) -> bool:
-        """Whether one of the layer's trained parameters does; of a sharded one, the part that is here."""
+        """Whether one of the layer's trained parameters does: every process that holds a part of it hears the same."""
         trained = (each for each in self.module.parameters() if each.requires_grad)
-        return any(bool(_local(each.detach()).isnan().any()) for each in trained)
+        return any(bool(_whole(each.detach().isnan().any())) for each in trained)
 
     def pruned(self) -> Tensor:
         """The weight whose zeros are those of the pattern, where the layer was pruned before."""
@@ -146,10 +146,6 @@ def _same_recipe(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
             raise at_layer(
                 layer.name, "its masks in this state dict are of another recipe or pattern than this run's.", BadOption
             )
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -203,13 +203,13 @@ class Training:
         clock, begin = self._clock, time.perf_counter()
         assert clock is not None
         step = self.step_number
-        if clock.looks(step):
-            for layer in self._layers:
-                if layer.holds_nan():
-                    raise _nan(layer)
         specs = {layer.masked.spec for layer in self._layers}
         moving = {spec for spec in specs if clock.recomputes(step, spec)}
         due = [layer for layer in self._layers if layer.masked.spec in moving]
+        if clock.looks(step):
+            for layer in self._layers:
+                if layer not in due and layer.holds_nan():  # the others are looked at with their masks
+                    raise _nan(layer)
         if due:
             share = clock.share(step)
             masks = _masks(due, self.recipe, share)  # all or none
