@@ -57,6 +57,19 @@ def check_usable(layers: Iterable[Layer], *, written: bool = False, values: bool
             raise at_layer(layer.name, reason, UnsupportedWeight)
 
 
+def check_finite(layer: Layer) -> None:
+    """Raise where the weight of a layer, which is usable, holds NaN or infinity.
+
+    Raises:
+        VNMError: names the layer.
+    """
+    stored = layer.stored
+    # NaN is passed on by both; isfinite() would make copies of the weight.
+    low, high = torch.aminmax((stored.values if isinstance(stored, VNMTensor) else layer.weight).detach())
+    if not bool(low.isfinite() & high.isfinite()):
+        raise at_layer(layer.name, "its weight holds NaN or infinity; repair or exclude the layer.", UnsupportedWeight)
+
+
 def why_more_than_a_product(layer: Layer) -> str | None:
     """Why the module of `layer` cannot be replaced by a product with its weight, and the way out; None where it can."""
     module, kind = layer.module, type(layer.module)

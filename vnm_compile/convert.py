@@ -80,8 +80,7 @@ def decompress_model(model: nn.Module) -> list[str]:
     """Replace the compressed weights of `model` by dense ones, in place; returns the names of those layers.
 
     The dense weights equal, bit for bit, those that were compressed (of quantised values, what these stand for), and do
-    not require grad. Weights that are shared
-    stay shared. Annotations stay.
+    not require grad. Weights that are shared stay shared. Annotations stay.
 
     Raises:
         VNMError: a compressed weight has no values (it is on the meta device, or offloaded). Nothing is changed then.

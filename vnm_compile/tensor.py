@@ -256,8 +256,7 @@ class VNMTensor(Tensor):
     def __setstate__(self, state: Any) -> None:
         # Pickles from before `_rebuild` restored a bare tensor, then its attributes.
         state = state[0] if isinstance(state, tuple) else state
-        names = "values", "metadata", "columns"
-        arrays = [state.get(name) for name in names] if isinstance(state, dict) else [None]
+        arrays = [state.get(name) for name in ARRAYS[:3]] if isinstance(state, dict) else [None]
         if any(array is None for array in arrays):
             raise DamagedWeight("not a compressed weight: its state holds no arrays (a damaged or foreign file?).")
         made = VNMTensor(*arrays, state.get("spec"), self.shape, state.get("_transposed", False))  # type: ignore[call-arg]
@@ -368,6 +367,10 @@ def _rebuild(
     if not isinstance(spec, tuple) or len(spec) != 3:
         raise DamagedWeight(f"not a compressed weight: its pattern is {spec!r:.100}.")
     weight = VNMTensor(values, metadata, columns, Spec(*spec), shape, transposed)
+    return _flagged(weight, requires_grad, is_parameter)
+
+
+def _flagged(weight: VNMTensor, requires_grad: bool, is_parameter: bool) -> VNMTensor:
     if is_parameter is True:
         weight._is_param = True  # type: ignore[attr-defined]
     return weight.requires_grad_(requires_grad is True)  # type: ignore[return-value]
@@ -390,9 +393,7 @@ def _rebuild_quantised(
             f"not a compressed weight: it is stored as {layout!r:.100}, transposed={transposed!r:.100}."
         )
     weight = VNMTensor._owning(Packed(values, metadata, columns, scales), parsed, transposed)
-    if is_parameter is True:
-        weight._is_param = True  # type: ignore[attr-defined]
-    return weight.requires_grad_(requires_grad is True)  # type: ignore[return-value]
+    return _flagged(weight, requires_grad, is_parameter)
 
 
 # What torch.load(weights_only=True) may call: they check everything that they are given.

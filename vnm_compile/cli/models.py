@@ -39,6 +39,10 @@ Inputs = Annotated[
     Path | None, typer.Option(help="A .safetensors file of model inputs; random ones if not given.", show_default=False)
 ]
 
+Samples = Annotated[int, typer.Option(help="Passages of calibration data.", min=1)]
+PassageLength = Annotated[int, typer.Option(help="Tokens a passage.", min=1)]
+PassagesAtOnce = Annotated[int, typer.Option(help="Passages that run at a time.", min=1)]
+
 TargetName = Annotated[
     str | None, typer.Option(help=f"GPU architecture: {', '.join(TARGETS)}; this machine if not given.")
 ]

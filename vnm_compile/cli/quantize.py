@@ -10,7 +10,7 @@ import typer
 import vnm_compile as vnm
 from vnm_compile.cli.directory import check_directory, load_model
 from vnm_compile.cli.inputs import load_batches
-from vnm_compile.cli.models import Force, ModelDirectory, Out, Selectors
+from vnm_compile.cli.models import Force, ModelDirectory, Out, PassageLength, PassagesAtOnce, Samples, Selectors
 from vnm_compile.cli.output import check_output, write_model
 from vnm_compile.cli.shown import JSON, became, echo, sizes, working
 from vnm_compile.quantization import GROUPS, VALUE_KINDS, Quantization
@@ -33,9 +33,9 @@ def quantize(
     ] = None,
     include: Selectors = None,
     exclude: Selectors = None,
-    samples: Annotated[int, typer.Option(help="Passages of calibration data.", min=1)] = 256,
-    length: Annotated[int, typer.Option(help="Tokens a passage.", min=1)] = 128,
-    batch_size: Annotated[int, typer.Option(help="Passages that run at a time.", min=1)] = 16,
+    samples: Samples = 256,
+    length: PassageLength = 128,
+    batch_size: PassagesAtOnce = 16,
     force: Force = False,
     as_json: JSON = False,
 ) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from vnm_compile.annotate import Selector, select_layers, set_annotation
-from vnm_compile.checks import check_usable
-from vnm_compile.errors import BadCalibration, BadOption, NothingSelected, UnsupportedWeight, at_layer
+from vnm_compile.checks import check_finite, check_usable
+from vnm_compile.errors import BadCalibration, BadOption, NothingSelected
 from vnm_compile.inventory import others
 from vnm_compile.layers import Layer
 from vnm_compile.memory import return_freed_memory
@@ -179,9 +179,4 @@ def _own_modes(layers: Sequence[Layer]) -> Iterator[None]:
 def _check(layers: Sequence[Layer]) -> None:
     check_usable(layers, written=True)
     for layer in layers:
-        # NaN is passed on by both; isfinite() would make copies of the weight.
-        low, high = torch.aminmax(layer.weight.detach())
-        if not bool(low.isfinite() & high.isfinite()):
-            raise at_layer(
-                layer.name, "its weight holds NaN or infinity; repair or exclude the layer.", UnsupportedWeight
-            )
+        check_finite(layer)

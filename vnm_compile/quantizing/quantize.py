@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vnm_compile.annotate import Selector, set_annotation
+from vnm_compile.checks import check_finite
 from vnm_compile.convert import compressed_layers, patterns
 from vnm_compile.errors import BadCalibration, NothingSelected, UnsupportedWeight, at_layer
 from vnm_compile.format import Packed, check_pattern, kept_offsets, pack, unpack
@@ -117,11 +118,7 @@ def _chosen(
             )
         if not isinstance(stored, VNMTensor):
             check_pattern(layer.weight, spec, layer.name)
-        held = stored.values if isinstance(stored, VNMTensor) else layer.weight
-        if not bool(held.detach().isfinite().all()):
-            raise at_layer(
-                layer.name, "its weight holds NaN or infinity; repair or exclude the layer.", UnsupportedWeight
-            )
+        check_finite(layer)
     return chosen
 
 

@@ -133,10 +133,9 @@ inline void block_times_few_tokens(
 #endif
   const int64_t ldk = kept_size(groups);
   gather_kept(x, ldx, tokens, columns, groups, m, in_features, scratch, ldk);
-  // Four tokens at a time; so few rows that they stay in the L1 cache from one pass to the next.
-  constexpr int64_t kRows = 4;
-  for (int64_t first = 0; first < rows; first += kRows) {
-    const int64_t stop = std::min(rows, first + kRows);
+  // Four tokens at a time.
+  for (int64_t first = 0; first < rows; first += kCachedRows) {
+    const int64_t stop = std::min(rows, first + kCachedRows);
     const S* values = source.at(first, stop - first);
     for (int64_t t = 0; t < tokens; t += 4) {
       const auto pass = [&](auto count, auto together, auto steps) {

@@ -5,6 +5,9 @@
 
 namespace vnm {
 
+// Rows that stay in the L1 cache from one pass over few tokens to the next, and from decoding to multiplying.
+constexpr int64_t kCachedRows = 4;
+
 // Values that are stored as the kernels multiply them.
 template <typename S>
 struct StoredRows {
@@ -53,8 +56,7 @@ struct QuantisedRows {
   const S* scales;
   S* buffer;  // of as many rows as are asked for at a time
   int64_t count, ldl, lds, ld;
-  // So few that they stay in the L1 cache from decoding to multiplying.
-  static constexpr int64_t kTogether = 4;
+  static constexpr int64_t kTogether = kCachedRows;
   const S* at(int64_t first, int64_t rows) const {
     constexpr int64_t kEach = std::is_same_v<L, uint8_t> ? 2 : 1;  // levels of a byte
     constexpr int64_t kPart = std::min<int64_t>(Group, 256);
