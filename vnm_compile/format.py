@@ -31,6 +31,7 @@ from vnm_compile.spec import KEPT_COLUMNS, Spec
 DETECTED_V = (256, 128, 64, 32, 16, 8, 1)
 DETECTED_M = range(4, 257)
 _SAMPLED_ROWS = 64
+_WORD = 8  # flags that are counted at once
 
 
 class Packed(tuple[Tensor, ...]):
@@ -176,7 +177,7 @@ def detect(weight: Tensor) -> Spec | None:
     if weight.numel() == 0:
         return None
     nonzero = weight != 0
-    count = int(nonzero.sum())
+    count = int(torch.count_nonzero(nonzero))
     if count == 0:
         return None
     # Rows from all over the matrix reject almost every candidate at a small cost.
@@ -198,9 +199,16 @@ def _candidates(in_features: int) -> list[tuple[int, int]]:
 
 def _rows_fit(nonzero: Tensor, m: int) -> int:
     """Largest number of non-zeros in a row's group of m columns. `nonzero`: bool [O, K]."""
-    padded = _pad(nonzero, 1, m)
-    groups = padded.reshape(padded.shape[0], padded.shape[1] // m, m)
-    return int(groups.sum(-1, dtype=torch.int32).max()) if groups.numel() else 0
+    padded = _pad(nonzero, 1, m).contiguous()
+    if not padded.numel():
+        return 0
+    if m % _WORD:
+        counts = padded.view(padded.shape[0], padded.shape[1] // m, m).sum(-1, dtype=torch.int32)
+    else:
+        # The product adds up the eight 0/1 bytes of a word in its top byte; sums of rows as short as a group are slow.
+        counts = (padded.view(torch.uint8).view(torch.int64) * 0x0101010101010101) >> 56
+        counts = counts.view(padded.shape[0], padded.shape[1] // m, m // _WORD).sum(-1) if m > _WORD else counts
+    return int(counts.max())
 
 
 def _matching_v(nonzero: Tensor, m: int, candidates: tuple[int, ...]) -> set[int]:
@@ -208,14 +216,11 @@ def _matching_v(nonzero: Tensor, m: int, candidates: tuple[int, ...]) -> set[int
     fitting: set[int] = set()
     finest: tuple[int, Tensor] = (1, nonzero.view(torch.uint8))
     for v in sorted(candidates):
-        if v == 1:
-            used = finest[1]
-        else:
-            # A block of v rows is the union of smaller blocks where they divide it.
-            start, rows = finest if v % finest[0] == 0 else (1, nonzero.view(torch.uint8))
-            padded = _pad(rows, 0, v // start)
-            used = padded.reshape(padded.shape[0] // (v // start), v // start, padded.shape[1]).amax(1)
-            finest = (v, used)
+        # A block of v rows is the union of smaller blocks where they divide it.
+        start, rows = finest if v % finest[0] == 0 else (1, nonzero.view(torch.uint8))
+        padded = _pad(rows, 0, v // start)
+        used = padded.reshape(padded.shape[0] // (v // start), v // start, padded.shape[1]).amax(1) if v > 1 else rows
+        finest = (v, used)
         per_block = _rows_fit(used.view(torch.bool), m)
         if per_block <= KEPT_COLUMNS:
             fitting.add(v)
