@@ -96,7 +96,7 @@ def test_a_block_compiles_and_is_explained(values):
     assert explanation["down"].stored_bytes == net.down.weight.nbytes
     assert values in explanation["down"].reason
     level = {"int8": "int8_t", "int4": "uint8_t"}[values]
-    assert all(f"QuantisedRows<float, {level}, 32>" in kernel.source for kernel in report.sparse)
+    assert all(f"LevelValues<float, {level}, 32>" in kernel.source for kernel in report.sparse)
     assert len(report.sparse) == 5  # k and v are one kernel, called twice
 
 

@@ -14,6 +14,7 @@
 // Nothing is multiplied by zero, no lanes are left to add up, and x needs no transpose.
 #pragma once
 #include "kept.h"
+#include "rows.h"
 #include "sparse_rows.h"
 
 namespace vnm {
@@ -22,10 +23,10 @@ namespace vnm {
 constexpr int64_t kRowLanesTokens = 256;
 
 // tile [tokens][ldt] = x @ rows.T for `rows` rows of one block; x [tokens][ldx]. Defined where kRowLanes may be true.
-template <typename S, int N, typename C>
+template <typename S, int N, typename C, typename W>
 void block_times_tables(
-    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const S* values, int64_t ldv,
-    const uint8_t* metadata, int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt);
+    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const W& weight, const uint8_t* metadata,
+    int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt);
 
 #if defined(CPU_CAPABILITY_AVX512)
 
@@ -37,7 +38,7 @@ struct alignas(64) LaneStep {
   uint32_t weights[kLaneRows], lookup[kLaneRows];
 };
 
-// Steps that are laid out at a time: 16 KB, which leave some of an L1 of 48 KB.
+// Steps that are laid out at a time, at most: 16 KB, which leave some of an L1 of 48 KB.
 constexpr int64_t kPanelSteps = 32;
 using LanePanel = LaneStep[kPanelSteps][kLaneVectors];
 
@@ -48,6 +49,9 @@ template <typename S, int N>
 constexpr int64_t kStepBits = 2 * kStepValues<S, N>;
 template <typename S, int N>
 constexpr int64_t kPanelGroups = kPanelSteps * kStepValues<S, N> / N;
+// Steps of a panel of which no value has another scale than the others of its row.
+template <typename S, int N, typename W>
+constexpr int64_t kScaleSteps = W::kGroup == kNone ? kPanelSteps : std::min(kPanelSteps, W::kGroup / kStepValues<S, N>);
 
 // What a table holds, how many tokens are looked up at a time, and from one's tables to the next's.
 template <typename S, int N>
@@ -128,16 +132,16 @@ inline void lay_out_lookups(LaneRow<Full, uint8_t> row, int64_t steps, int64_t a
 }
 
 // The values of 16 rows over up to 16 steps; past the last one they are 0.
-template <typename S, int N, bool Full>
-inline void lay_out_weights(LaneRow<Full, S> from, int64_t steps, LaneStep (*panel)[kLaneVectors]) {
-  const auto real = static_cast<__mmask16>((1u << std::min<int64_t>(16, steps)) - 1);
+template <typename S, int N, typename W, bool Full>
+inline void lay_out_weights(LaneRow<Full, typename W::Stored> from, int64_t steps, LaneStep (*panel)[kLaneVectors]) {
+  const auto real = static_cast<uint32_t>((uint64_t{1} << (std::min<int64_t>(16, steps) * kStepValues<S, N>)) - 1);
   __m512i row[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i, from.next()) {
     if constexpr (kPairs<S, N>)
-      row[i] = _mm512_maskz_loadu_epi32(real, from.at);
+      row[i] = W::pairs(from.at, real);
     else
-      row[i] = _mm512_castps_si512(load_values(from.at, real));
+      row[i] = _mm512_castps_si512(W::floats(from.at, static_cast<__mmask16>(real)));
     asm("" : "+v"(row[i]));  // loaded once: the compiler would rather load again at every use
   }
 #pragma GCC unroll 4
@@ -148,17 +152,18 @@ inline void lay_out_weights(LaneRow<Full, S> from, int64_t steps, LaneStep (*pan
   for (int i = 0; i < 16; ++i) _mm512_store_si512(panel[i][0].weights, row[i]);
 }
 
-// Lay out `rows` rows over up to kPanelSteps steps; `ahead` as above.
-template <typename S, int N>
+// Lay out `rows` rows over up to kPanelSteps steps from value `value` on; `ahead` as above.
+template <typename S, int N, typename W>
 inline void lay_out_rows(
-    const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm, int64_t steps, int64_t rows, int64_t ahead,
+    const W& weight, int64_t value, const uint8_t* metadata, int64_t ldm, int64_t steps, int64_t rows, int64_t ahead,
     LanePanel panel) {
   const auto vector = [&](auto full, int64_t r) {
     constexpr bool Full = decltype(full)::value;
     auto* to = reinterpret_cast<LaneStep(*)[kLaneVectors]>(&panel[0][r / kLaneRows]);
     lay_out_lookups<S, N, Full>({metadata + r * ldm, ldm, rows - r}, steps, ahead, to);
     for (int64_t s = 0; s < steps; s += 16)
-      lay_out_weights<S, N, Full>({values + r * ldv + s * kStepValues<S, N>, ldv, rows - r}, steps - s, to + s);
+      lay_out_weights<S, N, W, Full>(
+          {weight.at(r, value + s * kStepValues<S, N>), weight.ld, rows - r}, steps - s, to + s);
   };
   int64_t r = 0;
   for (; r + kLaneRows <= rows; r += kLaneRows) vector(std::true_type(), r);
@@ -168,7 +173,7 @@ inline void lay_out_rows(
 // What to fetch from memory meanwhile: `count` cache lines, one with every step. They are numbered row by row, kFetchLines in
 // each, and the first is number `first`. Row by row, since single lines from many rows come slower; and not more of a row,
 // since what is fetched, what is still needed and x share the L2.
-constexpr int64_t kFetchPanels = 4, kFetchLines = 8;
+constexpr int64_t kFetchLines = 8;
 struct Fetch {
   const char* from;
   int64_t distance, first, count;  // distance of rows in bytes
@@ -178,12 +183,13 @@ struct Fetch {
   }
 };
 
-// tile [T][ldt] of V vectors of rows, from `tables` [T][kTableStride]; with `more`, add to it. Only the first `tokens` are
-// real, and of the last vector the lanes `last`. Not inlined, where the compiler would keep copies on the stack.
-template <typename S, int N, int T, int V>
+// tile [T][ldt] of V vectors of rows, from `tables` [T][kTableStride], times the rows' `scales` where there are any; with
+// `more`, add to it. Only the first `tokens` are real, and of the last vector the lanes `last`. Not inlined, where the
+// compiler would keep copies on the stack.
+template <typename S, int N, int T, int V, bool Scaled>
 __attribute__((noinline)) void rows_times_tables(
-    const Kept<S, N>* tables, const LaneStep (*panel)[kLaneVectors], int64_t steps, bool more, __mmask16 last,
-    int64_t tokens, float* tile, int64_t ldt, Fetch fetch) {
+    const Kept<S, N>* tables, const LaneStep (*panel)[kLaneVectors], const float* scales, int64_t steps, bool more,
+    __mmask16 last, int64_t tokens, float* tile, int64_t ldt, Fetch fetch) {
   __m512 sum[T][V];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
@@ -228,40 +234,54 @@ __attribute__((noinline)) void rows_times_tables(
     for (int v = 0; v < V; ++v) {
       const __mmask16 lanes = v == V - 1 ? last : 0xFFFF;
       float* to = tile + t * ldt + v * kLaneRows;
+      if constexpr (Scaled) sum[t][v] = _mm512_mul_ps(sum[t][v], _mm512_load_ps(scales + v * kLaneRows));
       _mm512_mask_storeu_ps(to, lanes, more ? _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum[t][v]) : sum[t][v]);
     }
   }
 }
 
-template <typename S, int N, typename C>
+// The scales of value `value` of `rows` rows.
+template <typename W>
+inline void lay_out_scales(const W& weight, int64_t value, int64_t rows, float* scales) {
+  if constexpr (W::kGroup != kNone)
+    for (int64_t r = 0; r < rows; ++r) scales[r] = static_cast<float>(*weight.scale_at(r, value));
+}
+
+template <typename S, int N, typename C, typename W>
 void block_times_tables(
-    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const S* values, int64_t ldv,
-    const uint8_t* metadata, int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
+    const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const W& weight, const uint8_t* metadata,
+    int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
   constexpr int64_t kValues = kStepValues<S, N>, kBits = kStepBits<S, N>, kStride = kTableStride<S, N>;
-  constexpr int64_t kFetchSteps = kFetchPanels * kPanelSteps;
+  constexpr int64_t kSteps = kScaleSteps<S, N, W>;
+  // What comes is fetched a few panels at a time: as many bytes of a row as kFetchLines hold.
+  constexpr int64_t kFetchSteps = std::max(kSteps, kFetchLines * 64 * 4 / (W::bytes(4) * kValues) / kSteps * kSteps);
+  constexpr int64_t kFetchPanels = kFetchSteps / kSteps;
   LanePanel panel;
+  alignas(64) float scales[kMostRows] = {};
   alignas(64) Kept<S, N> tables[kTableTokens * kStride] = {};
   const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows, steps = groups * N / kValues;
   const auto tail = static_cast<__mmask16>(0xFFFF >> (vectors * kLaneRows - rows));
   const int64_t calls = (tokens + kTableTokens - 1) / kTableTokens * ((vectors + 1) / 2) * kFetchPanels;
-  Fetch fetch{nullptr, ldv * static_cast<int64_t>(sizeof(S)), 0, (rows * kFetchLines + calls - 1) / calls};
-  for (int64_t s = 0; s < steps; s += kPanelSteps) {
-    const int64_t count = std::min(kPanelSteps, steps - s), g = s * kValues / N, kept = count * kValues / N;
+  const auto distance = weight.ld * static_cast<int64_t>(sizeof(typename W::Stored));
+  Fetch fetch{nullptr, distance, 0, (rows * kFetchLines + calls - 1) / calls};
+  for (int64_t s = 0; s < steps; s += kSteps) {
+    const int64_t count = std::min(kSteps, steps - s), value = s * kValues, g = value / N, kept = count * kValues / N;
     // A few panels at a time the next few are fetched, or the first ones of the next rows.
     const bool fetches = s % kFetchSteps == 0, last = s + kFetchSteps >= steps;
     if (fetches) {
-      fetch.from = reinterpret_cast<const char*>(last ? values + rows * ldv : values + (s + kFetchSteps) * kValues);
+      fetch.from = reinterpret_cast<const char*>(last ? weight.at(rows, 0) : weight.at(0, value + kFetchSteps * kValues));
       fetch.first = 0;
     }
     const int64_t ahead = !fetches ? 0 : last ? rows * ldm - s * kBits / 8 : kFetchSteps * kBits / 8;
-    lay_out_rows<S, N>(values + s * kValues, ldv, metadata + s * kBits / 8, ldm, count, rows, ahead, panel);
+    lay_out_rows<S, N>(weight, value, metadata + s * kBits / 8, ldm, count, rows, ahead, panel);
+    lay_out_scales(weight, value, rows, scales);
     for (int64_t t = 0; t < tokens; t += kTableTokens) {
       const int64_t real = std::min(kTableTokens, tokens - t);
       gather_kept(x + t * ldx + g * m, ldx, real, columns + g * 4, kept, m, in_features - g * m, tables, kStride);
       const auto multiply = [&](auto together, auto side, int64_t v) {
         constexpr int T = decltype(together)::value, V = decltype(side)::value;
-        rows_times_tables<S, N, T, V>(
-            tables, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[0][v]), count, s > 0,
+        rows_times_tables<S, N, T, V, W::kGroup != kNone>(
+            tables, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[0][v]), scales + v * kLaneRows, count, s > 0,
             v + V == vectors ? tail : 0xFFFF, real, tile + t * ldt + v * kLaneRows, ldt, fetch);
         fetch.first += fetch.count;
       };

@@ -6,7 +6,7 @@
 //   rows     row_lanes.h                        more tokens, with AVX-512, where a block has rows enough to fill a vector
 //   tokens   token_lanes.h                      more tokens, everywhere else
 //
-// kept.h gathers what a token has in the columns that a block keeps, which the first two begin with.
+// kept.h gathers what a token has in the columns that a block keeps, which the first two begin with; rows.h reads values.
 #pragma once
 #include <ATen/cpu/vec/vec.h>
 
@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -101,17 +102,17 @@ inline void transpose_tile(const float* acc, int64_t ld, int64_t rows, int64_t t
     for (int64_t t = 0; t < tokens; ++t) tile[t * ldt + r] = acc[r * ld + t];
 }
 
-// Fetch what comes after U cache lines of values of R rows, and after their metadata. Row by row a weight is one stream, in
-// which a few KB ahead keep as many lines on the way as the memory serves. Rows side by side are too short for that, and
-// for a hardware prefetcher: there the same place of rows some 16 KB on is fetched.
-template <int R, int U, typename S>
+// Fetch what comes after `kBytes` of values of R rows, and after their metadata, `kBytes / kRatio`. Row by row a weight is
+// one stream, in which a few KB ahead keep as many lines on the way as the memory serves. Rows side by side are too short for
+// that, and for a hardware prefetcher: there the same place of rows some 16 KB on is fetched.
+template <int R, int64_t kBytes, int64_t kRatio, typename S>
 inline void prefetch_rows(const S* values, int64_t ldv, const uint8_t* metadata, int64_t ldm) {
   constexpr int64_t kLine = 64, kStream = 8192;
   if constexpr (R == 1) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(values) + kStream;
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) __builtin_prefetch(bytes + u * kLine);
-    __builtin_prefetch(metadata + kStream / (4 * static_cast<int64_t>(sizeof(S))));
+    for (int64_t i = 0; i < kBytes; i += kLine) __builtin_prefetch(bytes + i);
+    __builtin_prefetch(metadata + kStream / kRatio);
   } else {
     const int64_t ahead = R * std::max<int64_t>(1, 16384 / (R * ldv * static_cast<int64_t>(sizeof(S))));
 #pragma GCC unroll 8
@@ -126,14 +127,15 @@ template <int I>
 using Is = std::integral_constant<int, I>;
 
 // Call `pass` for 1, 2, 3, or 4 and more tokens with how many these are, how many rows to take side by side, and how many
-// steps of a row. Up to 3 tokens memory is what there is to wait for; with 4 a table read for one row serves others too.
-template <typename F>
+// sums to add a row's steps to in turn. Up to 3 tokens memory is what there is to wait for; with 4 a table read for one row
+// serves others too: as many rows as registers hold the sums of, which where groups are Scaled are two for each.
+template <bool Scaled, typename F>
 inline void for_few_tokens(int64_t tokens, const F& pass) {
   switch (tokens) {
     case 1: return pass(Is<1>(), Is<1>(), Is<4>());
     case 2: return pass(Is<2>(), Is<1>(), Is<2>());
     case 3: return pass(Is<3>(), Is<1>(), Is<1>());
-    default: return pass(Is<4>(), Is<4>(), Is<1>());
+    default: return pass(Is<4>(), Is<(Scaled ? 2 : 4)>(), Is<1>());
   }
 }
 

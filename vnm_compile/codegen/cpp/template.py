@@ -112,7 +112,7 @@ class SparseLinearTemplate(FusingTemplate):
                 levels="int8_t" if quantization and quantization.bits == 8 else "uint8_t",
                 value_row=self.weight.shapes[0][1],
                 scale_row=self.weight.shapes[3][1] if quantization else 0,
-                group=(quantization.group or max(1, self.weight.kept)) if quantization else 0,
+                group=(quantization.group or "vnm::kWholeRow") if quantization else 0,
                 Y=target,
                 Y_2d=target_2d,
                 GemmOut=product,

@@ -8,6 +8,7 @@
 //     column g*M+c2  | | | | | | | |         (index 1)
 //     column g*M+c3  | | | | | | | |
 #pragma once
+#include "rows.h"
 #include "sparse_rows.h"
 
 namespace vnm {
@@ -84,10 +85,10 @@ inline void column_offsets(
 
 // One step of a row, unpacked: values in float, and where in xt each finds its column. Both are padded to a whole step
 // with zeros and `zero_row`.
-template <typename S, int N>
+template <int N, typename W>
 inline void unpack_step(
-    const S* values, const uint8_t* metadata, const int32_t* offsets, int64_t count, int32_t zero_row, float* weights,
-    int32_t* rows) {
+    const W& weight, int64_t r, int64_t value, const uint8_t* metadata, const int32_t* offsets, int64_t count,
+    int32_t zero_row, float* weights, int32_t* rows) {
 #if defined(CPU_CAPABILITY_AVX512)
   if (count == kStep) {
     uint32_t codes;
@@ -100,14 +101,16 @@ inline void unpack_step(
       picked = _mm512_mask_mov_epi32(picked, 0xFF00, upper);
     }
     _mm512_storeu_si512(rows, picked);
-    _mm512_storeu_ps(weights, load_values(values, 0xFFFF));
+    const __m512 values = W::floats(weight.at(r, value), 0xFFFF);
+    _mm512_storeu_ps(weights, W::kGroup == kNone ? values : _mm512_mul_ps(values, weight.scale(r, value)));
     return;
   }
 #endif
+  std::fill(weights, weights + kStep, 0.f);
+  weight.unpack(r, value, count, weights);
   for (int64_t i = 0; i < kStep; ++i) {
     const bool real = i < count;
     const int64_t code = real ? (metadata[i / 4] >> (2 * (i % 4))) & 3 : 0;
-    weights[i] = real ? static_cast<float>(values[i]) : 0.f;
     rows[i] = real ? offsets[(i / N) * 4 + code] : zero_row;
   }
 }
@@ -140,10 +143,10 @@ inline void rows_times_tokens(const float* xt, const float* weights, const int32
 }
 
 // As block_times_tokens, a value at a time. NV vectors of tokens.
-template <typename S, int N, int NV>
+template <int N, int NV, typename W>
 inline void block_times_tokens_by_values(
-    const float* xt, const int32_t* offsets, int32_t zero_row, const S* values, int64_t ldv, const uint8_t* metadata,
-    int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
+    const float* xt, const int32_t* offsets, int32_t zero_row, const W& weight, const uint8_t* metadata, int64_t ldm,
+    int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
   // Sums of sums of sums, so that they round no worse than those of a dense kernel, which also adds up in blocks: in
   // registers over a step, in `part` over kPart of them, then in `acc`. A step keeps so few rows of tokens that these stay
   // in the L1 cache while all rows of the weight pass over them.
@@ -163,10 +166,10 @@ inline void block_times_tokens_by_values(
       const int64_t value = step * kStep;
       for (int64_t r = 0; r < rows; ++r) {
         // Rows of a weight lie so far apart that no hardware prefetcher follows.
-        __builtin_prefetch(values + r * ldv + value + 2 * kStep);
-        unpack_step<S, N>(
-            values + r * ldv + value, metadata + r * ldm + value / 4, offsets + value / N * 4,
-            std::min(kStep, count - value), zero_row, weights + r * kStep, places + r * kStep);
+        __builtin_prefetch(weight.at(r, value + 2 * kStep));
+        unpack_step<N>(
+            weight, r, value, metadata + r * ldm + value / 4, offsets + value / N * 4, std::min(kStep, count - value),
+            zero_row, weights + r * kStep, places + r * kStep);
       }
       int64_t r = 0;
       for (; r + R <= rows; r += R)
@@ -184,13 +187,13 @@ inline void block_times_tokens_by_values(
 constexpr int64_t kTokenLanesTokens = 4 * kLanes;
 
 // tile [tokens][ldt] = x @ rows.T for up to kMostRows rows of one block; acc [2][rows][ld] is scratch.
-template <typename S, int N>
+template <int N, typename W>
 inline void block_times_tokens(
-    const float* xt, const int32_t* offsets, int32_t zero_row, const S* values, int64_t ldv, const uint8_t* metadata,
-    int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
+    const float* xt, const int32_t* offsets, int32_t zero_row, const W& weight, const uint8_t* metadata, int64_t ldm,
+    int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
   const auto by_values = [&](auto vectors) {
-    block_times_tokens_by_values<S, N, decltype(vectors)::value>(
-        xt, offsets, zero_row, values, ldv, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
+    block_times_tokens_by_values<N, decltype(vectors)::value>(
+        xt, offsets, zero_row, weight, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
   };
   switch ((tokens + kLanes - 1) / kLanes) {
     case 1: return by_values(Is<1>());
