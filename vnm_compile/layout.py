@@ -116,6 +116,13 @@ class Layout:
         """The layout of a weight with other rows that is stored in the same way."""
         return replace(self, out_features=out_features)
 
+    @property
+    def exact(self) -> Layout:
+        """The layout of the same weight whose activations are not rounded."""
+        if self.quantization is None or not self.quantization.activations:
+            return self
+        return replace(self, quantization=replace(self.quantization, activations=None))
+
     def joins(self, other: Layout) -> bool:
         """Whether weights of the two can be stored one above the other: they differ in their rows alone."""
         return self.with_rows(other.out_features) == other

@@ -22,6 +22,7 @@ from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.derivatives import differentiates, register_derivatives
 from vnm_compile.format import Packed, kept_offsets, unpack
 from vnm_compile.layout import Layout
+from vnm_compile.quantization import rounded_activations
 
 _library = torch.library.Library("vnm", "DEF")
 _WEIGHT = "Tensor values, Tensor[] structure, str layout"
@@ -63,7 +64,12 @@ def linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout) -> Tensor:
 
 def _linear(x, values, structure, layout):
     layout = Layout.parse(layout)
-    return torch.nn.functional.linear(x, unpack(Packed(values, *structure), layout)).contiguous()
+    packed = Packed(values, *structure)
+    if layout.quantization is None or not layout.quantization.activations:
+        return torch.nn.functional.linear(x, unpack(packed, layout)).contiguous()
+    levels, step = rounded_activations(x)
+    weight = unpack(packed.replaced(3, packed.scales.to(levels.dtype)), layout)
+    return (torch.nn.functional.linear(levels, weight) * step).to(x.dtype).contiguous()
 
 
 def _linear_shape(x, values, structure, layout):
@@ -180,7 +186,16 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 
 def _with(op: Any, tangent: Tensor | None, position: int, args: Sequence[Any]) -> Tensor | None:
     """The op with one of its arguments replaced, or None if that is by nothing."""
-    return None if tangent is None else op.default(*args[:position], tangent, *args[position + 1 :])
+    if tangent is None:
+        return None
+    return op.default(*_exact(*args[:position], tangent, *args[position + 1 :]))
+
+
+def _exact(*args: Any) -> tuple[Any, ...]:
+    """Arguments whose last is a layout, of which activations are not rounded: rounding counts as the identity where
+    something is differentiated."""
+    *others, layout = args
+    return *others, Layout.parse(layout).exact.text
 
 
 def _register_bilinear(op: Any, grads: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -201,8 +216,8 @@ def _register_bilinear(op: Any, grads: Callable[..., tuple[Tensor, Tensor]]) -> 
 
 def _linear_grads(grad, x, values, *weight, first, second):
     return (
-        _ops.linear_input_grad.default(grad, values, *weight) if first else None,
-        _ops.linear_values_grad.default(grad, x, *weight) if second else None,
+        _ops.linear_input_grad.default(*_exact(grad, values, *weight)) if first else None,
+        _ops.linear_values_grad.default(*_exact(grad, x, *weight)) if second else None,
     )
 
 

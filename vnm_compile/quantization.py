@@ -7,6 +7,9 @@ for every `group` kept values of a row, or one a row. Zero is level 0, so the pa
              uint8 [R, ceil(G*N / 2)]  two levels of 4 bits a byte, -8 to 7 in two's complement, the first in the low
                                        half
     scales   [R, ceil(G*N / group)]    the weight's dtype
+
+Activations may be rounded as well, each token's to 127 levels either way of its largest magnitude, where the layer is
+computed: products are then those of integers.
 """
 
 from __future__ import annotations
@@ -23,16 +26,20 @@ VALUE_KINDS = ("int8", "int4")
 GROUPS = (32, 64, 128)
 """Kept values that may share a scale; beside these, all of a row."""
 
-_TEXT = re.compile(r"int([48])/(row|[0-9]{1,3})")
+_TEXT = re.compile(r"int([48])/(row|[0-9]{1,3})(/a8)?")
+_MOST_LEVEL, _LEAST_MAGNITUDE = 127, 1e-30  # of activations
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How kept values are stored as integers, written `"int8/64"`: bits, and kept values a scale (or `"row"`).
+    """How kept values are stored as integers, written `"int8/64"`: bits, and kept values a scale (or `"row"`); `"/a8"`
+    behind it where activations are rounded too.
 
     Attributes:
         bits: 8 or 4.
         group: kept values that share a scale: 32, 64, 128, or None for all of a row.
+        activations: 8 where a layer rounds its activations to integers of so many bits, token by token; None where it
+            does not.
 
     Raises:
         VNMError: other bits or groups.
@@ -40,6 +47,7 @@ class Quantization:
 
     bits: int
     group: int | None = 64
+    activations: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in (8, 4):
@@ -48,10 +56,12 @@ class Quantization:
             raise BadOption(
                 f'group={self.group!r}; kept values share a scale by {", ".join(map(str, GROUPS))} or "row".'
             )
+        if self.activations is not None and (type(self.activations) is not int or self.activations != 8):
+            raise BadOption(f"activations of {self.activations!r} bits; they are rounded to 8, or not at all (None).")
 
     @classmethod
-    def of(cls, values: str, group: int | str = 64) -> Quantization:
-        """From what users write: `"int8"` or `"int4"`, and 32, 64, 128 or `"row"`.
+    def of(cls, values: str, group: int | str = 64, activations: str | None = None) -> Quantization:
+        """From what users write: `"int8"` or `"int4"`, and 32, 64, 128 or `"row"`; `"int8"` activations, or None.
 
         Raises:
             VNMError: they wrote something else.
@@ -60,7 +70,9 @@ class Quantization:
             raise BadOption(f"values={values!r}; there are {' and '.join(VALUE_KINDS)}.")
         if isinstance(group, str) and group != "row":
             raise BadOption(f'group={group!r}; kept values share a scale by {", ".join(map(str, GROUPS))} or "row".')
-        return cls(int(values[3:]), None if group == "row" else group)  # type: ignore[arg-type]
+        if activations not in (None, "int8"):
+            raise BadOption(f'activations={activations!r}; they are rounded to "int8", or not at all (None).')
+        return cls(int(values[3:]), None if group == "row" else group, activations and 8)  # type: ignore[arg-type]
 
     @classmethod
     def parse(cls, text: str) -> Quantization:
@@ -72,10 +84,10 @@ class Quantization:
         found = _TEXT.fullmatch(text)
         if found is None:
             raise BadOption(f'{text!r} is no way to store values; write such as "int8/64" or "int4/row".')
-        return cls(int(found[1]), None if found[2] == "row" else int(found[2]))
+        return cls(int(found[1]), None if found[2] == "row" else int(found[2]), 8 if found[3] else None)
 
     def __str__(self) -> str:
-        return f"{self.kind}/{self.group or 'row'}"
+        return f"{self.kind}/{self.group or 'row'}{'/a8' if self.activations else ''}"
 
     @property
     def kind(self) -> str:
@@ -137,3 +149,20 @@ def dequantised(values: Tensor, scales: Tensor, quantization: Quantization, kept
     wide = torch.promote_types(scales.dtype, torch.float32)
     levels = stored_levels(values, quantization, kept).to(wide)
     return (levels * spread_scales(scales.to(wide), quantization, kept)).to(scales.dtype)
+
+
+def rounded_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations `[..., K]` as integers, -127 to 127, in float32 or float64, and what one is worth, `[..., 1]`.
+
+    A token with NaN or infinity among its activations has levels of 0 that are worth NaN or infinity, so that products
+    are NaN; one that is next to nothing is 0.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not x.shape[-1]:
+        return wide, wide.new_zeros(*x.shape[:-1], 1)
+    largest = wide.abs().amax(-1, keepdim=True)
+    small = largest <= _LEAST_MAGNITUDE
+    usable = largest.isfinite() & ~small
+    # A division that is rounded once, as that of kernels: torch makes two roundings of a number over a tensor.
+    inverse = torch.div(torch.full_like(largest, _MOST_LEVEL), largest.where(usable, torch.ones_like(largest)))
+    return torch.where(usable, wide * inverse, 0).round(), torch.where(small, 0, largest / _MOST_LEVEL)

@@ -26,6 +26,13 @@ CASES = [
     ("int4/32", "1:2:4", 37, 41),
     ("int8/32", "128:2:16", 200, 1000),
 ]
+ROUNDED = [
+    ("int8/64/a8", "64:2:8", 128, 520),
+    ("int4/32/a8", "32:1:8", 70, 300),
+    ("int8/row/a8", "24:2:5", 50, 111),
+    ("int4/128/a8", "1:2:4", 37, 41),
+    ("int8/32/a8", "128:2:300", 200, 1000),
+]
 TOKENS = (1, 3, 6, 33)
 
 
@@ -50,15 +57,71 @@ def test_kernels_are_as_accurate_as_dense(case, dtype):
         assert_as_accurate_as_dense(run(x, *packed), F.linear(x, dense), expected)
 
 
-def test_gated_pairs():
-    layout = Layout(vnm.Spec(16, 2, 8), 48, 72, Quantization(4, 32))
+@pytest.mark.parametrize(
+    "dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16]), ids=str
+)
+@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: " ".join(case[:2]))
+def test_kernels_round_activations_as_they_say(case, dtype):
+    kind, spec, out_features, in_features = case
+    layout = Layout(vnm.Spec.parse(spec), out_features, in_features, Quantization.parse(kind))
+    packed = random_packed(layout, dtype, torch.device("cpu"))
+    run = torch.compile(lambda x, *arrays: linear(x, arrays, layout), backend="vnm")
+    weight = exact(packed, layout)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, in_features).to(dtype)
+        x[0] *= 1000
+        x[-1, 3] = 40
+        largest = x.double().abs().amax(1, keepdim=True)
+        levels = (x.float() * torch.tensor(127.0).div(largest.float())).round().double()
+        expected = levels @ weight.T * (largest / 127)
+        # Levels are small integers: what is left is what sums and results are rounded to.
+        dense = (F.linear(levels.float(), weight.float()) * (largest.float() / 127)).to(dtype)
+        assert_as_accurate_as_dense(run(x, *packed), dense, expected)
+        assert_as_accurate_as_dense(linear(x, packed, layout), dense, expected)
+        far = (run(x, *packed).double() - x.double() @ weight.T).norm() / (x.double() @ weight.T).norm()
+        assert 1e-4 < far < 0.05  # rounded, and not by much
+
+
+def test_tokens_that_cannot_be_rounded():
+    layout = Layout(vnm.Spec(16, 2, 8), 48, 72, Quantization(8, 32, 8))
+    packed = random_packed(layout, torch.float32, torch.device("cpu"))
+    run = torch.compile(lambda x, *arrays: linear(x, arrays, layout), backend="vnm")
+    for tokens in (4, 20):
+        x = torch.randn(tokens, 72)
+        x[0, 5], x[1, 71], x[2] = torch.nan, -torch.inf, 0
+        x[3] = 1e-35
+        for y in (run(x, *packed), linear(x, packed, layout)):
+            assert y[:2].isnan().all()
+            assert (y[2:4] == 0).all()
+            assert y[4:].isfinite().all()
+    assert run(torch.randn(0, 72), *packed).shape == (0, 48)
+
+
+def test_derivatives_take_rounding_for_the_identity():
+    layout = Layout(vnm.Spec(16, 2, 8), 48, 72, Quantization(8, 32, 8))
+    packed = random_packed(layout, torch.float64, torch.device("cpu"))
+    weight = exact(packed, layout)
+    x, tangent, grad = (
+        torch.randn(3, 72).double().requires_grad_(),
+        torch.randn(3, 72).double(),
+        torch.randn(3, 48).double(),
+    )
+    (found,) = torch.autograd.grad(linear(x, packed, layout), x, grad)
+    torch.testing.assert_close(found, grad @ weight)
+    _, forward = torch.func.jvp(lambda x: linear(x, packed, layout), (x.detach(),), (tangent,))
+    torch.testing.assert_close(forward, tangent @ weight.T)
+
+
+@pytest.mark.parametrize("quantization", [Quantization(4, 32), Quantization(8, 32, 8)], ids=str)
+def test_gated_pairs(quantization):
+    layout = Layout(vnm.Spec(16, 2, 8), 48, 72, quantization)
     halves = [random_packed(layout, torch.float32, torch.device("cpu"), seed) for seed in (0, 1)]
     joined = [torch.cat(pair) for pair in zip(*halves, strict=True)]
     run = torch.compile(lambda x, *arrays: gated_linear(x, arrays, layout, "silu"), backend="vnm")
-    gate, up = (unpack(half, layout) for half in halves)
     for tokens in TOKENS:
         x = torch.randn(tokens, 72)
-        torch.testing.assert_close(run(x, *joined), F.silu(F.linear(x, gate)) * F.linear(x, up))
+        gate, up = (linear(x, half, layout) for half in halves)
+        torch.testing.assert_close(run(x, *joined), F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -25,6 +25,9 @@ def quantize(
     group: Annotated[
         str, typer.Option(help=f"Kept values that share a scale: {', '.join(map(str, GROUPS))}, or row.")
     ] = "64",
+    activations: Annotated[
+        str | None, typer.Option(help="int8 to round the layers' inputs, too, when they run.")
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -45,14 +48,21 @@ def quantize(
     stands in its quantising.json.
     """
     size = int(group) if group.isdecimal() else group
-    Quantization.of(values, size)  # before anything is loaded
+    Quantization.of(values, size, activations)  # before anything is loaded
     check_output(out, model_dir, force)
     check_directory(model_dir)
     with working(f"loading {model_dir}", as_json):
         model = load_model(model_dir)
         batches = load_batches(calibration, model_dir, model, samples, length, batch_size) if calibration else None
     report = vnm.quantize(
-        model, values, size, calibration=batches, include=include, exclude=exclude, progress=not as_json
+        model,
+        values,
+        size,
+        activations=activations,
+        calibration=batches,
+        include=include,
+        exclude=exclude,
+        progress=not as_json,
     )
     with working(f"writing {out}", as_json):
         write_model(model, model_dir, out, {REPORT: report.to_dict()})

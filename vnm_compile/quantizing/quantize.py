@@ -34,6 +34,7 @@ def quantize(
     values: str = "int8",
     group: int | str = 64,
     *,
+    activations: str | None = None,
     calibration: Iterable[Any] | None = None,
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
@@ -51,6 +52,9 @@ def quantize(
             error nothing of it is changed.
         values: "int8" or "int4".
         group: kept values of a row that share a scale: 32, 64, 128 or "row". Scales have the weights' dtype.
+        activations: "int8" to round the layers' inputs, too, where they are computed: each token's to 127 levels either
+            way of its largest magnitude. With many tokens CPUs that multiply bytes are up to twice as fast with it;
+            gradients take rounding for the identity.
         calibration: batches of model inputs, as for `vnm.sparsify`; a few hundred sentences do.
         include, exclude: which layers, as for `vnm.annotate`.
         progress: show a progress bar while it runs.
@@ -66,7 +70,7 @@ def quantize(
 
     check_module(model)
     model = getattr(model, "_orig_mod", model)
-    quantization = Quantization.of(values, group)
+    quantization = Quantization.of(values, group, activations)
     chosen = _chosen(model, include, exclude)
     batches = as_batches(calibration)
     if calibration is not None and not batches:

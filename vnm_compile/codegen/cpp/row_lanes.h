@@ -11,9 +11,13 @@
 // In bf16 with N = 2 a lane holds both values of a group, the table is that of one group, broadcast, a shuffle of bytes
 // looks up the pair, and vdpbf16ps adds two products.
 //
+// Where activations are bytes a lane holds four values, a shuffle looks up all of them, and vpdpbusd adds four products. Its
+// activations are 128 too large: the sums start with what that makes too much.
+//
 // Nothing is multiplied by zero, no lanes are left to add up, and x needs no transpose.
 #pragma once
 #include "kept.h"
+#include "rounded.h"
 #include "rows.h"
 #include "sparse_rows.h"
 
@@ -33,29 +37,32 @@ void block_times_tables(
 // Rows of a vector, and vectors of a tile.
 constexpr int64_t kLaneRows = 16, kLaneVectors = kMostRows / kLaneRows;
 
-// What 16 rows multiply at once: a value of each, or a pair of them.
+// What 16 rows multiply at once: a value of each, a pair, or four.
 struct alignas(64) LaneStep {
   uint32_t weights[kLaneRows], lookup[kLaneRows];
 };
 
 // Steps that are laid out at a time, at most: 16 KB, which leave some of an L1 of 48 KB.
-constexpr int64_t kPanelSteps = 32;
-using LanePanel = LaneStep[kPanelSteps][kLaneVectors];
+constexpr int64_t kMostSteps = 32;
+using LanePanel = LaneStep[kMostSteps][kLaneVectors];
 
-// Values and bits of metadata of a step, and groups of a panel.
+// Values and bits of metadata of a step, and steps and groups of a panel, whose metadata a register of 16 bytes holds.
 template <typename S, int N>
-constexpr int64_t kStepValues = kPairs<S, N> ? 2 : 1;
+constexpr int64_t kStepValues = kQuads<S> ? 4 : kPairs<S, N> ? 2 : 1;
 template <typename S, int N>
 constexpr int64_t kStepBits = 2 * kStepValues<S, N>;
 template <typename S, int N>
-constexpr int64_t kPanelGroups = kPanelSteps * kStepValues<S, N> / N;
+constexpr int64_t kPanelSteps = std::min<int64_t>(kMostSteps, 128 / kStepBits<S, N>);
+template <typename S, int N>
+constexpr int64_t kPanelGroups = kPanelSteps<S, N> * kStepValues<S, N> / N;
 // Steps of a panel of which no value has another scale than the others of its row.
 template <typename S, int N, typename W>
-constexpr int64_t kScaleSteps = W::kGroup == kNone ? kPanelSteps : std::min(kPanelSteps, W::kGroup / kStepValues<S, N>);
+constexpr int64_t kScaleSteps =
+    W::kGroup == kNone ? kPanelSteps<S, N> : std::min(kPanelSteps<S, N>, W::kGroup / kStepValues<S, N>);
 
 // What a table holds, how many tokens are looked up at a time, and from one's tables to the next's.
 template <typename S, int N>
-using Kept = std::conditional_t<kPairs<S, N>, uint16_t, float>;
+using Kept = std::conditional_t<kQuads<S>, uint8_t, std::conditional_t<kPairs<S, N>, uint16_t, float>>;
 constexpr int64_t kTableTokens = 8;
 template <typename S, int N>
 constexpr int64_t kTableStride = kPanelGroups<S, N> * 4 + 64 / static_cast<int64_t>(sizeof(Kept<S, N>));
@@ -94,7 +101,13 @@ struct LaneRow {
 // The lookup of step `step`, whose codes are the lowest bits of each lane.
 template <typename S, int N>
 inline __m512i lookup_of_codes(__m512i codes, int64_t step) {
-  if constexpr (kPairs<S, N>) {
+  if constexpr (kQuads<S>) {
+    // A byte for each of four indices, in the kept bytes of the groups of a step.
+    const __m512i shifts = _mm512_set1_epi64(0x2624'2220'0604'0200);
+    const __m512i groups = _mm512_set1_epi32(N == 2 ? 0x04040000 : 0x0C080400);
+    const __m512i spread = _mm512_multishift_epi64_epi8(shifts, codes);
+    return _mm512_ternarylogic_epi32(spread, _mm512_set1_epi8(3), groups, 0xEA);  // (spread & 3) | groups
+  } else if constexpr (kPairs<S, N>) {
     // For each value of the two indices the bytes to take.
     alignas(64) static constexpr uint32_t kBytes[16] = {
         0x01000100, 0x01000302, 0x01000504, 0x01000706, 0x03020100, 0x03020302, 0x03020504, 0x03020706,
@@ -106,11 +119,11 @@ inline __m512i lookup_of_codes(__m512i codes, int64_t step) {
   }
 }
 
-// The lookups of 16 rows over up to kPanelSteps steps. Metadata `ahead` bytes further on are fetched, unless that is 0.
+// The lookups of 16 rows over the steps of a panel, `count` values. Metadata `ahead` bytes further on are fetched, unless that is 0.
 template <typename S, int N, bool Full>
-inline void lay_out_lookups(LaneRow<Full, uint8_t> row, int64_t steps, int64_t ahead, LaneStep (*panel)[kLaneVectors]) {
-  constexpr int kBits = kStepBits<S, N>, kWords = kPanelSteps * kBits / 32, kWordSteps = 32 / kBits;
-  const auto bytes = static_cast<__mmask16>((1u << ((steps * kBits + 7) / 8)) - 1);
+inline void lay_out_lookups(LaneRow<Full, uint8_t> row, int64_t count, int64_t ahead, LaneStep (*panel)[kLaneVectors]) {
+  constexpr int kBits = kStepBits<S, N>, kWords = kPanelSteps<S, N> * kBits / 32, kWordSteps = 32 / kBits;
+  const auto bytes = static_cast<__mmask16>((1u << (count + 3) / 4) - 1);
   __m512i codes[4];  // row 4 * q + i in quarter q of codes[i]
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q)
@@ -131,14 +144,19 @@ inline void lay_out_lookups(LaneRow<Full, uint8_t> row, int64_t steps, int64_t a
     }
 }
 
-// The values of 16 rows over up to 16 steps; past the last one they are 0.
+// The values of 16 rows over up to 16 steps; past the `count` real ones they are 0. Where they are bytes, `starts` gets what the sums
+// of 16 rows start with.
 template <typename S, int N, typename W, bool Full>
-inline void lay_out_weights(LaneRow<Full, typename W::Stored> from, int64_t steps, LaneStep (*panel)[kLaneVectors]) {
-  const auto real = static_cast<uint32_t>((uint64_t{1} << (std::min<int64_t>(16, steps) * kStepValues<S, N>)) - 1);
+inline void lay_out_weights(
+    LaneRow<Full, typename W::Stored> from, int64_t count, LaneStep (*panel)[kLaneVectors], int32_t* starts) {
+  const int64_t loaded = std::min<int64_t>(count, 16 * std::min<int64_t>(2, kStepValues<S, N>));
+  const auto real = static_cast<uint32_t>((uint64_t{1} << loaded) - 1);
   __m512i row[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i, from.next()) {
-    if constexpr (kPairs<S, N>)
+    if constexpr (kQuads<S>)
+      row[i] = W::bytes_of(from.at, count);
+    else if constexpr (kPairs<S, N>)
       row[i] = W::pairs(from.at, real);
     else
       row[i] = _mm512_castps_si512(W::floats(from.at, static_cast<__mmask16>(real)));
@@ -150,20 +168,28 @@ inline void lay_out_weights(LaneRow<Full, typename W::Stored> from, int64_t step
   for (int i = 0; i < 4; ++i) transpose_of_quarters(row[i], row[i + 4], row[i + 8], row[i + 12]);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm512_store_si512(panel[i][0].weights, row[i]);
+#if defined(VNM_BYTE_QUADS)
+  if constexpr (kQuads<S>) {
+    __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(static_cast<char>(kByteZero)), row[i]);
+    _mm512_store_si512(starts, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+  }
+#endif
 }
 
-// Lay out `rows` rows over up to kPanelSteps steps from value `value` on; `ahead` as above.
+// Lay out `rows` rows over the steps of a panel, `count` values from value `value` on; `ahead` and `starts` as above.
 template <typename S, int N, typename W>
 inline void lay_out_rows(
-    const W& weight, int64_t value, const uint8_t* metadata, int64_t ldm, int64_t steps, int64_t rows, int64_t ahead,
-    LanePanel panel) {
+    const W& weight, int64_t value, int64_t count, const uint8_t* metadata, int64_t ldm, int64_t rows, int64_t ahead,
+    LanePanel panel, int32_t* starts) {
+  constexpr int64_t kEach = 16 * kStepValues<S, N>;
   const auto vector = [&](auto full, int64_t r) {
     constexpr bool Full = decltype(full)::value;
     auto* to = reinterpret_cast<LaneStep(*)[kLaneVectors]>(&panel[0][r / kLaneRows]);
-    lay_out_lookups<S, N, Full>({metadata + r * ldm, ldm, rows - r}, steps, ahead, to);
-    for (int64_t s = 0; s < steps; s += 16)
-      lay_out_weights<S, N, W, Full>(
-          {weight.at(r, value + s * kStepValues<S, N>), weight.ld, rows - r}, steps - s, to + s);
+    lay_out_lookups<S, N, Full>({metadata + r * ldm, ldm, rows - r}, count, ahead, to);
+    for (int64_t i = 0; i < count; i += kEach, to += 16)
+      lay_out_weights<S, N, W, Full>({weight.at(r, value + i), weight.ld, rows - r}, count - i, to, starts + r);
   };
   int64_t r = 0;
   for (; r + kLaneRows <= rows; r += kLaneRows) vector(std::true_type(), r);
@@ -183,18 +209,23 @@ struct Fetch {
   }
 };
 
-// tile [T][ldt] of V vectors of rows, from `tables` [T][kTableStride], times the rows' `scales` where there are any; with
-// `more`, add to it. Only the first `tokens` are real, and of the last vector the lanes `last`. Not inlined, where the
+// tile [T][ldt] of V vectors of rows, from `tables` [T][kTableStride], times the rows' `scales` where there are any; sums
+// of bytes begin with `starts`. With `more`, add to it. Only the first `tokens` are real, and of the last vector the lanes `last`. Not inlined, where the
 // compiler would keep copies on the stack.
 template <typename S, int N, int T, int V, bool Scaled>
 __attribute__((noinline)) void rows_times_tables(
-    const Kept<S, N>* tables, const LaneStep (*panel)[kLaneVectors], const float* scales, int64_t steps, bool more,
-    __mmask16 last, int64_t tokens, float* tile, int64_t ldt, Fetch fetch) {
-  __m512 sum[T][V];
+    const Kept<S, N>* tables, const LaneStep (*panel)[kLaneVectors], const float* scales, const int32_t* starts,
+    int64_t steps, bool more, __mmask16 last, int64_t tokens, float* tile, int64_t ldt, Fetch fetch) {
+  std::conditional_t<kQuads<S>, __m512i, __m512> sum[T][V];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[t][v] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) {
+      if constexpr (kQuads<S>)
+        sum[t][v] = _mm512_load_si512(starts + v * kLaneRows);
+      else
+        sum[t][v] = _mm512_setzero_ps();
+    }
   for (int64_t s = 0; s < steps; ++s) {
     __m512i weights[V], lookup[V];
     fetch.line(s);
@@ -207,9 +238,12 @@ __attribute__((noinline)) void rows_times_tables(
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       __m512i table;
-      if constexpr (kPairs<S, N>) {
+      if constexpr (kQuads<S> && N == 1) {
+        const auto* kept = reinterpret_cast<const __m128i*>(tables + t * kTableStride<S, N> + s * 16);
+        table = _mm512_broadcast_i32x4(_mm_loadu_si128(kept));
+      } else if constexpr (kQuads<S> || kPairs<S, N>) {
         int64_t kept;
-        std::memcpy(&kept, tables + t * kTableStride<S, N> + s * 4, 8);
+        std::memcpy(&kept, tables + t * kTableStride<S, N> + s * (8 / sizeof(Kept<S, N>)), 8);
         table = _mm512_set1_epi64(kept);
       } else {
         table = _mm512_load_si512(tables + t * kTableStride<S, N> + s / (4 * N) * 16);
@@ -217,7 +251,11 @@ __attribute__((noinline)) void rows_times_tables(
       if constexpr (V > 1) asm("" : "+v"(table));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        if constexpr (kPairs<S, N>) {
+        if constexpr (kQuads<S>) {
+#if defined(VNM_BYTE_QUADS)
+          sum[t][v] = _mm512_dpbusd_epi32(sum[t][v], _mm512_shuffle_epi8(table, lookup[v]), weights[v]);
+#endif
+        } else if constexpr (kPairs<S, N>) {
           const __m512i kept = _mm512_shuffle_epi8(table, lookup[v]);
           sum[t][v] = _mm512_dpbf16_ps(sum[t][v], (__m512bh)weights[v], (__m512bh)kept);
         } else {
@@ -234,8 +272,13 @@ __attribute__((noinline)) void rows_times_tables(
     for (int v = 0; v < V; ++v) {
       const __mmask16 lanes = v == V - 1 ? last : 0xFFFF;
       float* to = tile + t * ldt + v * kLaneRows;
-      if constexpr (Scaled) sum[t][v] = _mm512_mul_ps(sum[t][v], _mm512_load_ps(scales + v * kLaneRows));
-      _mm512_mask_storeu_ps(to, lanes, more ? _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), sum[t][v]) : sum[t][v]);
+      __m512 total;
+      if constexpr (kQuads<S>)
+        total = _mm512_cvtepi32_ps(sum[t][v]);
+      else
+        total = sum[t][v];
+      if constexpr (Scaled) total = _mm512_mul_ps(total, _mm512_load_ps(scales + v * kLaneRows));
+      _mm512_mask_storeu_ps(to, lanes, more ? _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), total) : total);
     }
   }
 }
@@ -251,29 +294,31 @@ template <typename S, int N, typename C, typename W>
 void block_times_tables(
     const S* x, int64_t ldx, const C* columns, int64_t m, int64_t in_features, const W& weight, const uint8_t* metadata,
     int64_t ldm, int64_t groups, int64_t rows, int64_t tokens, float* tile, int64_t ldt) {
-  constexpr int64_t kValues = kStepValues<S, N>, kBits = kStepBits<S, N>, kStride = kTableStride<S, N>;
-  constexpr int64_t kSteps = kScaleSteps<S, N, W>;
+  constexpr int64_t kValues = kStepValues<S, N>, kStride = kTableStride<S, N>, kSteps = kScaleSteps<S, N, W>;
   // What comes is fetched a few panels at a time: as many bytes of a row as kFetchLines hold.
-  constexpr int64_t kFetchSteps = std::max(kSteps, kFetchLines * 64 * 4 / (W::bytes(4) * kValues) / kSteps * kSteps);
-  constexpr int64_t kFetchPanels = kFetchSteps / kSteps;
+  constexpr int64_t kPanel = kSteps * kValues;
+  constexpr int64_t kFetchValues = std::max(kPanel, kFetchLines * 64 * 4 / W::bytes(4) / kPanel * kPanel);
+  constexpr int64_t kFetchPanels = kFetchValues / kPanel;
   LanePanel panel;
   alignas(64) float scales[kMostRows] = {};
+  alignas(64) int32_t starts[kMostRows];
   alignas(64) Kept<S, N> tables[kTableTokens * kStride] = {};
-  const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows, steps = groups * N / kValues;
+  const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows, total = groups * N;
   const auto tail = static_cast<__mmask16>(0xFFFF >> (vectors * kLaneRows - rows));
   const int64_t calls = (tokens + kTableTokens - 1) / kTableTokens * ((vectors + 1) / 2) * kFetchPanels;
   const auto distance = weight.ld * static_cast<int64_t>(sizeof(typename W::Stored));
   Fetch fetch{nullptr, distance, 0, (rows * kFetchLines + calls - 1) / calls};
-  for (int64_t s = 0; s < steps; s += kSteps) {
-    const int64_t count = std::min(kSteps, steps - s), value = s * kValues, g = value / N, kept = count * kValues / N;
+  for (int64_t value = 0; value < total; value += kPanel) {
+    const int64_t count = std::min(kPanel, total - value), steps = (count + kValues - 1) / kValues;
+    const int64_t g = value / N, kept = count / N;
     // A few panels at a time the next few are fetched, or the first ones of the next rows.
-    const bool fetches = s % kFetchSteps == 0, last = s + kFetchSteps >= steps;
+    const bool fetches = value % kFetchValues == 0, last = value + kFetchValues >= total;
     if (fetches) {
-      fetch.from = reinterpret_cast<const char*>(last ? weight.at(rows, 0) : weight.at(0, value + kFetchSteps * kValues));
+      fetch.from = reinterpret_cast<const char*>(last ? weight.at(rows, 0) : weight.at(0, value + kFetchValues));
       fetch.first = 0;
     }
-    const int64_t ahead = !fetches ? 0 : last ? rows * ldm - s * kBits / 8 : kFetchSteps * kBits / 8;
-    lay_out_rows<S, N>(weight, value, metadata + s * kBits / 8, ldm, count, rows, ahead, panel);
+    const int64_t ahead = !fetches ? 0 : last ? rows * ldm - value / 4 : kFetchValues / 4;
+    lay_out_rows<S, N>(weight, value, count, metadata + value / 4, ldm, rows, ahead, panel, starts);
     lay_out_scales(weight, value, rows, scales);
     for (int64_t t = 0; t < tokens; t += kTableTokens) {
       const int64_t real = std::min(kTableTokens, tokens - t);
@@ -281,8 +326,9 @@ void block_times_tables(
       const auto multiply = [&](auto together, auto side, int64_t v) {
         constexpr int T = decltype(together)::value, V = decltype(side)::value;
         rows_times_tables<S, N, T, V, W::kGroup != kNone>(
-            tables, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[0][v]), scales + v * kLaneRows, count, s > 0,
-            v + V == vectors ? tail : 0xFFFF, real, tile + t * ldt + v * kLaneRows, ldt, fetch);
+            tables, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[0][v]), scales + v * kLaneRows,
+            starts + v * kLaneRows, steps, value > 0, v + V == vectors ? tail : 0xFFFF, real,
+            tile + t * ldt + v * kLaneRows, ldt, fetch);
         fetch.first += fetch.count;
       };
       int64_t v = 0;

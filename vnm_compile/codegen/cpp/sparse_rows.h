@@ -22,6 +22,10 @@
 #define VNM_BF16_PAIRS 1  // vdpbf16ps: a dot product of two pairs of bf16 a lane; vpmultishiftqb
 #endif
 
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define VNM_BYTE_QUADS 1  // vpdpbusd: a dot product of four pairs of bytes a lane; vpermi2b
+#endif
+
 namespace vnm {
 
 using Vec = at::vec::Vectorized<float>;
@@ -47,6 +51,10 @@ template <typename S, int N>
 constexpr bool kPairs = false;
 #endif
 
+// Whether activations are bytes, of which four are multiplied together.
+template <typename S>
+constexpr bool kQuads = std::is_same_v<S, uint8_t>;
+
 // Whether many tokens are multiplied with rows in the lanes of a vector, which blocks of V rows have to fill.
 #if defined(CPU_CAPABILITY_AVX512)
 template <int64_t V>
@@ -54,6 +62,15 @@ constexpr bool kRowLanes = V >= kLanes;
 #else
 template <int64_t V>
 constexpr bool kRowLanes = false;
+#endif
+
+// Whether they are so as bytes, where they are rounded.
+#if defined(VNM_BYTE_QUADS)
+template <int64_t V>
+constexpr bool kByteLanes = kRowLanes<V>;
+#else
+template <int64_t V>
+constexpr bool kByteLanes = false;
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512)

@@ -45,7 +45,16 @@ def _most_rows() -> int:
 @cache
 def _arithmetic() -> str:
     """The kernels' headers as one text."""
-    headers = ("sparse_rows.h", "rows.h", "kept.h", "few_tokens_bf16.h", "few_tokens.h", "token_lanes.h", "row_lanes.h")
+    headers = (
+        "sparse_rows.h",
+        "rounded.h",
+        "rows.h",
+        "kept.h",
+        "few_tokens_bf16.h",
+        "few_tokens.h",
+        "token_lanes.h",
+        "row_lanes.h",
+    )
     text = "".join(map(_source, headers))
     text = re.sub(r'^#(pragma once|include ".*")\n', "", text, flags=re.MULTILINE)
     # With cpp_wrapper all kernels of a graph are one translation unit.
@@ -110,6 +119,7 @@ class SparseLinearTemplate(FusingTemplate):
                 scales=scales[0] if scales else None,
                 inputs=dict(zip(_INPUTS, self.input_nodes, strict=False)),
                 levels="int8_t" if quantization and quantization.bits == 8 else "uint8_t",
+                rounds=bool(quantization and quantization.activations),
                 value_row=self.weight.shapes[0][1],
                 scale_row=self.weight.shapes[3][1] if quantization else 0,
                 group=(quantization.group or "vnm::kWholeRow") if quantization else 0,

@@ -8,22 +8,11 @@
 //     column g*M+c2  | | | | | | | |         (index 1)
 //     column g*M+c3  | | | | | | | |
 #pragma once
+#include "rounded.h"
 #include "rows.h"
 #include "sparse_rows.h"
 
 namespace vnm {
-
-inline Vec load_vector(const float* p) { return Vec::loadu(p); }
-inline Vec load_vector(const at::BFloat16* p) {
-  Vec result;
-  at::vec::load_fp32_from_bf16(p, result);
-  return result;
-}
-inline Vec load_vector(const at::Half* p) {
-  Vec result;
-  at::vec::load_fp32_from_fp16(p, result);
-  return result;
-}
 
 // x [tokens, columns] (row stride ldx) to xt [columns][ld]; lanes past `tokens` up to whole vectors are zero.
 template <typename S>
