@@ -117,9 +117,14 @@ class Layout:
         return replace(self, out_features=out_features)
 
     @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded where a layer with the weight is computed."""
+        return self.quantization is not None and self.quantization.activations is not None
+
+    @property
     def exact(self) -> Layout:
         """The layout of the same weight whose activations are not rounded."""
-        if self.quantization is None or not self.quantization.activations:
+        if self.quantization is None or not self.rounds:
             return self
         return replace(self, quantization=replace(self.quantization, activations=None))
 

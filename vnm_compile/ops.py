@@ -65,7 +65,7 @@ def linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout) -> Tensor:
 def _linear(x, values, structure, layout):
     layout = Layout.parse(layout)
     packed = Packed(values, *structure)
-    if layout.quantization is None or not layout.quantization.activations:
+    if not layout.rounds:
         return torch.nn.functional.linear(x, unpack(packed, layout)).contiguous()
     levels, step = rounded_activations(x)
     weight = unpack(packed.replaced(3, packed.scales.to(levels.dtype)), layout)

@@ -61,16 +61,18 @@ def torch_dispatch(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> An
 
 
 def _traced(*operands: Any) -> bool:
-    """Whether a compiler looks on: eager mode multiplies by the dense weight, exactly as it would have been."""
+    """Whether a compiler looks on: eager mode multiplies by the dense weight, exactly as it would have been, unless
+    activations are rounded."""
     return any(type(each.packed.values) is not Tensor for each in operands)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, VNMTensor) or weight._transposed or isinstance(input, VNMTensor):
         return NotImplemented
-    if not _traced(weight) or (weight.requires_grad and torch.is_grad_enabled()):
+    rounds = weight.layout_of_arrays.rounds
+    if not rounds and (not _traced(weight) or (weight.requires_grad and torch.is_grad_enabled())):
         return NotImplemented
-    if isinstance(bias, VNMTensor) or (bias is not None and bias.dim() > 1):
+    if isinstance(bias, VNMTensor) or (bias is not None and bias.dim() > 1 and not rounds):
         return NotImplemented
     cast = torch.is_autocast_enabled(weight.device.type)
     if bias is not None and cast and in_transform():

@@ -119,7 +119,7 @@ class SparseLinearTemplate(FusingTemplate):
                 scales=scales[0] if scales else None,
                 inputs=dict(zip(_INPUTS, self.input_nodes, strict=False)),
                 levels="int8_t" if quantization and quantization.bits == 8 else "uint8_t",
-                rounds=bool(quantization and quantization.activations),
+                rounds=self.weight.rounds,
                 value_row=self.weight.shapes[0][1],
                 scale_row=self.weight.shapes[3][1] if quantization else 0,
                 group=(quantization.group or "vnm::kWholeRow") if quantization else 0,
