@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vnm_compile.hardware import Target, allows_tf32
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 DECODE_TOKENS = 32
@@ -40,6 +41,7 @@ class Shape:
         tokens: expected number of tokens.
         rows: of the weight, padded to blocks; of one of the two where `gated`.
         groups: of a row.
+        quantization: of the values, if they are integers.
     """
 
     tokens: int
@@ -48,6 +50,16 @@ class Shape:
     spec: Spec
     dtype: torch.dtype
     gated: bool = False
+    quantization: Quantization | None = None
+
+    @property
+    def group_bytes(self) -> float:
+        """Of a group of a row, as it is stored: values and indices, a share of the scale."""
+        kind = self.quantization
+        if kind is None:
+            return self.spec.n * (self.dtype.itemsize + 0.25)
+        share = self.dtype.itemsize / (kind.group or self.groups * self.spec.n)
+        return self.spec.n * (kind.bits / 8 + share + 0.25)
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Config:
         size = shape.dtype.itemsize
         terms = KEPT_COLUMNS * self.block_g
         activation = terms * self.block_t * size
-        weight = self.block_o * self.block_g * shape.spec.n * size + self.block_o * self.block_g * shape.spec.n // 4
+        weight = math.ceil(self.block_o * self.block_g * shape.group_bytes)
         expanded = self.block_o * terms * size  # where it passes through shared memory
         tiles = 2 if shape.gated else 1
         return tiles * ((depth + 1) * activation + depth * (weight + 16 * self.block_g)) + expanded
@@ -263,11 +275,11 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     repeated = max(1, 16 * config.warps // config.block_o)  # warps that share rows expand each for itself
     expand = (_EXPAND_DIRECT if direct else _EXPAND) * config.block_o * terms * repeated / _LANES
     gather = _GATHER * terms * max(1, config.block_t * shape.dtype.itemsize // 16) / _LANES
-    weight = config.block_o * config.block_g * shape.spec.n * (shape.dtype.itemsize + 0.25)
+    weight = config.block_o * config.block_g * shape.group_bytes
     read = (weight + terms * config.block_t * shape.dtype.itemsize) / target.cache_bytes
     latency = _STEP_CYCLES.get((config.stages - 1) // 2, _STEP_CYCLES_DEEP)
     step = max(resident * weights * read, resident * weights * (multiply + expand + gather) + latency)
 
-    stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
+    stored = weights * shape.rows * shape.groups * (shape.group_bytes + 4 / shape.spec.v)
     extra = _LAUNCH_SECONDS + (_SUM_SECONDS if config.splits > 1 else 0)
     return extra + max(rounds * steps * step / target.clock, stored / (_OF_BANDWIDTH * target.bandwidth))

@@ -24,10 +24,11 @@ class AlignedRows(Prepack):
     def prepare(self, packed: Packed) -> Packed:
         """The arrays with aligned rows: views of padded copies where they are not so already. What begins elsewhere in
         its memory than at a multiple of 16 bytes is copied."""
-        values, metadata, columns, *rest = packed
-        if not (columns.is_contiguous() and _begins_aligned(columns)):
-            columns = columns.clone(memory_format=torch.contiguous_format)
-        return packed.remade((_aligned(values), _aligned(metadata), columns, *rest))
+        values, metadata, *others = packed
+        for i, array in enumerate(others):  # columns, and scales
+            if not (array.is_contiguous() and _begins_aligned(array)):
+                others[i] = array.clone(memory_format=torch.contiguous_format)
+        return packed.remade((_aligned(values), _aligned(metadata), *others))
 
     def renew(self, kept: Packed, fresh: Packed) -> Packed:
         """The arrays that are kept, written: CUDA graphs have recorded their addresses."""
