@@ -41,7 +41,7 @@ from vnm_compile.codegen.triton.configs import (
     two_passes,
     vector_configurations,
 )
-from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
+from vnm_compile.codegen.triton.prepack import SCALES_LOAD, WIDEST_LOAD
 from vnm_compile.codegen.triton.templates import (
     gated_template,
     gated_vector_template,
@@ -108,10 +108,12 @@ class _Sparse:
         self.target: Target = device_target(x.get_device())
         self.given = _as_matrix(x)
         values, metadata = (rows_in_place(array, WIDEST_LOAD, padded=True) for array in arrays[:2])
-        columns, *scales = (rows_in_place(array, WIDEST_LOAD) for array in arrays[2:])
-        # Metadata is read two bytes at a time where a quad of groups has as many, levels by the word.
-        values = _rows_apart(values, self.word.itemsize // values.get_dtype().itemsize) if scales else values
-        self.arrays = (values, _rows_apart(metadata, self.spec.n), columns, *scales)
+        # Metadata is read two bytes at a time where a quad of groups has as many.
+        self.arrays = (values, _rows_apart(metadata, self.spec.n), rows_in_place(arrays[2], WIDEST_LOAD))
+        if layout.quantization is not None:
+            values = _rows_apart(values, self.word.itemsize // values.get_dtype().itemsize)
+            scales = _rows_apart(rows_in_place(arrays[3], SCALES_LOAD, padded=True), SCALES_LOAD // self.dtype.itemsize)
+            self.arrays = (values, *self.arrays[1:], scales)
         self.tokens = self.given.get_size()[0]
 
     @functools.cached_property
@@ -262,6 +264,7 @@ class _Sparse:
             "LEVEL_BITS": kind.bits,
             "QUAD_WORDS": kind.bits * self.spec.n * 4 // 8 // self.word.itemsize,
             "SCALE_GROUP": kind.group or 0,  # 0: all of a row
+            "SCALES_STRIDE": int(self.arrays[3].get_stride()[0]),
             "SCALES_WIDTH": int(self.arrays[3].get_size()[1]),
         }
 
