@@ -112,7 +112,8 @@ class _Sparse:
         self.arrays = (values, _rows_apart(metadata, self.spec.n), rows_in_place(arrays[2], WIDEST_LOAD))
         if layout.quantization is not None:
             values = _rows_apart(values, self.word.itemsize // values.get_dtype().itemsize)
-            scales = _rows_apart(rows_in_place(arrays[3], SCALES_LOAD, padded=True), SCALES_LOAD // self.dtype.itemsize)
+            scales = rows_in_place(arrays[3], SCALES_LOAD, padded=True)
+            scales = _rows_apart(scales, SCALES_LOAD // self.dtype.itemsize)
             self.arrays = (values, *self.arrays[1:], scales)
         self.tokens = self.given.get_size()[0]
 
@@ -265,7 +266,7 @@ class _Sparse:
             "QUAD_WORDS": kind.bits * self.spec.n * 4 // 8 // self.word.itemsize,
             "SCALE_GROUP": kind.group or 0,  # 0: all of a row
             "SCALES_STRIDE": int(self.arrays[3].get_stride()[0]),
-            "SCALES_WIDTH": int(self.arrays[3].get_size()[1]),
+            "SCALES_WIDTH": _aligned(self.arrays[3], SCALES_LOAD),
         }
 
     def _random_arrays(self) -> dict[int, Any]:
@@ -324,6 +325,6 @@ def _readable(array: Any) -> int:
     return aligned if int(array.get_stride()[0]) >= aligned else int(array.get_size()[1])
 
 
-def _aligned(array: Any) -> int:
+def _aligned(array: Any, load: int = WIDEST_LOAD) -> int:
     """Elements of a row, rounded up to whole loads."""
-    return int(round_up(int(array.get_size()[1]), WIDEST_LOAD // array.get_dtype().itemsize))
+    return int(round_up(int(array.get_size()[1]), load // array.get_dtype().itemsize))
