@@ -13,7 +13,7 @@ import numpy as np
 from tests.ptx.errors import NotModelled, PTXError
 from tests.ptx.instructions import instruction
 from tests.ptx.machine import Machine, kind_dtype, kind_size
-from tests.ptx.parse import Operand
+from tests.ptx.parse import Immediate, Operand
 
 _INTEGER = r"(?P<kind>[us](?:16|32|64))"
 _BITS = r"(?P<kind>b(?:16|32|64)|pred)"
@@ -124,6 +124,16 @@ def of_two(machine: Machine, result: Operand, *operands: Operand, name: str, flu
     else:
         value = _BINARY[name](x, y)
     machine.write(result, flushed(value, flush).view(np.uint64))
+
+
+@instruction(r"fma\.rn\.(?P<kind>f16|bf16)x2")
+def fma_of_two(machine: Machine, result: Operand, *operands: Operand, kind: str) -> None:
+    """Of two two-byte floats in a word each. Sums of such are exact in double precision where they are not far apart."""
+    halves = [machine.read_all(each, "b32").view(np.uint16) for each in operands]
+    x, y, z = ((bf16_to_float(each) if kind == "bf16" else each.view(np.float16)).astype(np.float64) for each in halves)
+    total = x * y + z
+    value = float_to_bf16(total.astype(np.float32)) if kind == "bf16" else total.astype(np.float16).view(np.uint16)
+    machine.write(result, value.view(np.uint32))
 
 
 @instruction(r"mul\.hi\.(?P<kind>[us](?:16|32))")
@@ -237,6 +247,18 @@ def permute_bytes(machine: Machine, result: Operand, a: Operand, b: Operand, sel
     taken = np.take_along_axis(both, (chosen & 7).astype(np.int64), 1)
     signs = np.where(taken & 0x80, np.uint8(0xFF), np.uint8(0))
     machine.write(result, np.where(chosen & 8, signs, taken).view(np.uint32)[:, 0])
+
+
+@instruction(r"lop3\.b32")
+def any_logic(machine: Machine, result: Operand, a: Operand, b: Operand, c: Operand, table: Operand) -> None:
+    """Any function of three bits: the bits of its table that a, b and c stand for."""
+    assert isinstance(table, Immediate)
+    x, y, z = (machine.read_all(each, "b32") for each in (a, b, c))
+    value = np.zeros_like(x)
+    for i in range(8):
+        if table.bits >> i & 1:
+            value |= (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
+    machine.write(result, value)
 
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {

@@ -117,11 +117,10 @@ def _graph_reports(graph: Prepared, devices: Mapping[str, str], device: str) -> 
 
 def _decided(decision: Decision, joined: tuple[str, ...], device: str) -> LayerReport:
     facts = _weight_facts(decision.shape, decision.dtype, decision.layout, decision.tokens, device)
-    outcome, reason = _told("sparse" if decision.sparse else "dense", decision.reason, decision.layout, device)
     return LayerReport(
         name=plain_name(decision.name),
-        decision=outcome,
-        reason=reason,
+        decision="sparse" if decision.sparse else "dense",
+        reason=_told(decision.reason, decision.layout),
         joined=joined,
         tokens=decision.tokens,
         sparse_seconds=decision.timing.sparse if decision.timing else None,
@@ -159,19 +158,14 @@ def _by_weight(layer: Layer, device: str) -> LayerReport:
     if isinstance(weight, VNMTensor):
         stored = weight.layout_of_arrays
     facts = _weight_facts(shape, dtype, stored, None, device)
-    decision, reason = _told(decision, reason, stored, device)
-    return LayerReport(name=plain_name(layer.name), decision=decision, reason=reason, **facts)
+    return LayerReport(name=plain_name(layer.name), decision=decision, reason=_told(reason, stored), **facts)
 
 
-def _told(decision: str, reason: str, layout: Layout | None, device: str) -> tuple[str, str]:
-    """Decision and reason of a layer; of one with quantised values also how these are stored and computed with."""
+def _told(reason: str, layout: Layout | None) -> str:
+    """Why a layer is what it is; of one with quantised values also how these are stored."""
     if layout is None or layout.quantization is None:
-        return decision, reason
-    reason = reason.replace(COMPRESSED, f"{COMPRESSED}, values as {layout.quantization}", 1)
-    if not device.startswith("cpu"):
-        kind = layout.quantization.kind
-        return "dense", f"{reason}; no kernel for {kind} values on GPUs: the weight is unpacked on every call"
-    return decision, reason
+        return reason
+    return reason.replace(COMPRESSED, f"{COMPRESSED}, values as {layout.quantization}", 1)
 
 
 def _size(layer: Layer) -> tuple[tuple[int, int] | None, torch.dtype | None]:
