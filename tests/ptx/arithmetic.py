@@ -241,8 +241,11 @@ def extract_bits(machine: Machine, result: Operand, a: Operand, place: Operand, 
 
 @instruction(r"prmt\.b32")
 def permute_bytes(machine: Machine, result: Operand, a: Operand, b: Operand, selectors: Operand) -> None:
-    """Each of four selectors names one of eight bytes, or, with its highest bit, repeats that byte's sign."""
-    both = np.stack([machine.read_all(each, "u32").view(np.uint8).reshape(-1, 4) for each in (a, b)], 1).reshape(-1, 8)
+    """Each of four selectors names one of eight bytes, or, with its highest bit, repeats that byte's sign. An operand
+    that constant selectors have no byte of may be anything, also a register that nobody writes."""
+    named = {selectors.bits >> 4 * i & 4 for i in range(4)} if isinstance(selectors, Immediate) else {0, 4}
+    words = [machine.read_all(each if at in named else Immediate(0), "u32") for each, at in ((a, 0), (b, 4))]
+    both = np.stack([each.view(np.uint8).reshape(-1, 4) for each in words], 1).reshape(-1, 8)
     chosen = machine.read_all(selectors, "u32")[:, None] >> (4 * np.arange(4, dtype=np.uint32))
     taken = np.take_along_axis(both, (chosen & 7).astype(np.int64), 1)
     signs = np.where(taken & 0x80, np.uint8(0xFF), np.uint8(0))
