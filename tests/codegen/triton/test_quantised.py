@@ -102,12 +102,13 @@ def test_very_many_patterns_and_sizes(interpreter, v, n, m, tokens, out_features
     check(interpreter, layout_of(f"{v}:{n}:{m}", out_features, in_features, stored), tokens, dtype, target)
 
 
-@pytest.mark.parametrize(("target", "n"), with_slow([("sm_90", 2), ("sm_90", 1), ("gfx942", 2)], {("sm_90", 2)}))
+@pytest.mark.parametrize("way", with_slow(["sm_90 2", "sm_90 1", "gfx942 2"], {"sm_90 2"}))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stored", ["int8/32", "int4/32", "int8/row", "int4/row"])
-def test_every_level_is_what_it_stands_for(interpreter, stored, dtype, target, n):
+def test_every_level_is_what_it_stands_for(interpreter, stored, dtype, way):
     """All levels there are, and scales of all bits: what a single feature of 1 brings out is their product, rounded
     once."""
+    target, n = way.split()
     layout = layout_of(f"16:{n}:4", 16, 256, stored)
     packed, weight = all_levels(layout, dtype)
     x = torch.eye(256, dtype=dtype)[None, ::4].contiguous()
