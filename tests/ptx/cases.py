@@ -162,8 +162,18 @@ CASES = (
     Case("int4, joined", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined", stored="int4/32"),
     Case("int8, any number", "64:2:8", 17, 96, 136, _BF16, hint=4, stored="int8/64"),
 )  # fmt: skip
-HUNTED = ("small groups", "many tokens", "tf32", "one token, tails", "gated", "gated, one token", "block",
-          "int8", "int4, one token, tails", "int4, gated")
+HUNTED = (
+    "small groups",
+    "many tokens",
+    "tf32",
+    "one token, tails",
+    "gated",
+    "gated, one token",
+    "block",
+    "int8",
+    "int4, one token, tails",
+    "int4, gated",
+)
 """Cases that mutants are planted in, for the targets that differ most."""
 BY_NAME = {case.name: case for case in CASES}
 

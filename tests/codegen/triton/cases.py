@@ -24,7 +24,12 @@ CPU = torch.device("cpu")
 
 
 def arrays(
-    out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0, stored: Quantization | None = None
+    out_features: int,
+    in_features: int,
+    spec: Spec,
+    dtype: torch.dtype,
+    seed: int = 0,
+    stored: Quantization | None = None,
 ) -> Packed:
     return random_packed(Layout(spec, out_features, in_features, stored), dtype, CPU, seed)
 

@@ -98,7 +98,9 @@ _INSTRUCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "add.rn.f32": _add,
     "fma.rn.f32": _fma,
     "fma.rn.bf16x2": _fma_of_two(bf16_to_float, lambda value: float_to_bf16(value.astype(np.float32))),
-    "fma.rn.f16x2": _fma_of_two(lambda bits: bits.view(np.float16), lambda value: value.astype(np.float16).view(np.uint16)),
+    "fma.rn.f16x2": _fma_of_two(
+        lambda bits: bits.view(np.float16), lambda value: value.astype(np.float16).view(np.uint16)
+    ),
     "cvt.rn.bf16x2.f32": _pack_bf16,
     "prmt.b32": _prmt,
     "xor.b32": np.bitwise_xor,

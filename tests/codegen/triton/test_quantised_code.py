@@ -71,7 +71,7 @@ def test_levels_are_not_converted(target):
     """No instruction makes a float of an integer: those that do run at a quarter of the others' rate."""
     for stored in ("int8/64", "int4/32"):
         _, code = compiled(Layout(Spec(64, 2, 8), 64, 1024, Quantization.parse(stored)), 40, torch.float16, target)
-        names = count_instructions(code.assembly).names
+        names = count_instructions(code.assembly, loop_only=True).names
         assert not [name for name in names if name.startswith("I2F")], names
 
 
@@ -90,9 +90,10 @@ def test_the_model_knows_what_is_stored(stored, spec):
 
 
 def test_fewer_bytes_take_less_time_where_reading_is_what_takes_long():
-    target = find_target("sm_90")
-    few, many = ([shape_of(stored, tokens)[1] for stored in (None, "int8/64", "int4/64")] for tokens in (8, 4096))
-    floor = [seconds(configurations(shape, target)[0], shape, target) for shape in few]
-    assert floor == sorted(floor, reverse=True)
-    bound = [seconds(configurations(shape, target)[0], shape, target) for shape in many]
-    assert bound[0] <= bound[1], "arithmetic takes as long, and dequantising is on top"
+    """By the model, on a card whose memory is slow beside its arithmetic."""
+    target = find_target("sm_89")
+    few, many = ([shape_of(stored, tokens)[1] for stored in (None, "int8/64", "int4/64")] for tokens in (8, 2048))
+    sixteen, eight, four = (seconds(configurations(shape, target)[0], shape, target) for shape in few)
+    assert four < 0.7 * eight < 0.5 * sixteen
+    sixteen, eight, four = (seconds(configurations(shape, target)[0], shape, target) for shape in many)
+    assert sixteen < eight == four < 1.1 * sixteen, "arithmetic takes as long, and dequantising is on top"
