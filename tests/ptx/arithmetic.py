@@ -128,7 +128,7 @@ def of_two(machine: Machine, result: Operand, *operands: Operand, name: str, flu
 
 @instruction(r"fma\.rn\.(?P<kind>f16|bf16)x2")
 def fma_of_two(machine: Machine, result: Operand, *operands: Operand, kind: str) -> None:
-    """Of two two-byte floats in a word each. Sums of such are exact in double precision where they are not far apart."""
+    """Of two two-byte floats in a word each. Sums of such are exact in double precision if not far apart."""
     halves = [machine.read_all(each, "b32").view(np.uint16) for each in operands]
     x, y, z = ((bf16_to_float(each) if kind == "bf16" else each.view(np.float16)).astype(np.float64) for each in halves)
     total = x * y + z

@@ -138,7 +138,7 @@ CASES = (
     # One kernel for any number of tokens.
     Case("any number, few", "64:2:8", 17, 96, 136, _BF16, hint=4),
     Case("any number, many", "64:2:8", 101, 96, 136, _FP16, hint=70),
-    # Quantised values: each number of bits, both 16-bit floats, fp32, scales of one, two and four groups of a tile, or of a row.
+    # Quantised values: both numbers of bits, every dtype, scales of parts of a tile's rows, of more, and of whole rows.
     Case("int8", "64:2:8", 40, 200, 100, _BF16, stored="int8/64"),
     Case("int8, fp16, tails", "32:2:5", 33, 100, 333, _FP16, stored="int8/32"),
     Case("int4", "64:2:8", 40, 200, 100, _BF16, stored="int4/32"),

@@ -219,10 +219,10 @@ def test_packed_arrays_that_are_views(interpreter, spec, stored, move):
     x, packed = random_case(layout, 5, torch.float16)
     views = move(packed)
     exact = x.double() @ exact_weight(packed, layout).T
-    for given, copied in ((views, True), (AlignedRows().prepare(views), False)):
-        generated = generated_for(layout, [x, *given], "sm_90")
+    for moved, copied in ((views, True), (AlignedRows().prepare(views), False)):
+        generated = generated_for(layout, [x, *moved], "sm_90")
         assert (len(generated.kernels) > 2) == copied
-        expect(interpreter, generated, [x, *given], F.linear(x, unpack(packed, layout)), exact)
+        expect(interpreter, generated, [x, *moved], F.linear(x, unpack(packed, layout)), exact)
 
 
 @pytest.mark.parametrize("stored", ["int8/32", "int4/32"])
@@ -234,6 +234,6 @@ def test_levels_and_scales_that_end_within_a_word(interpreter, stored):
     narrow = layout_of("32:1:5", 64, 500, stored)
     assert narrow.shapes[3][1] == 4
     exact = x.double() @ exact_weight(packed, layout).T
-    for given in (packed, AlignedRows().prepare(packed)):
-        generated = generated_for(layout, [x, *given], "sm_90")
-        expect(interpreter, generated, [x, *given], F.linear(x, unpack(packed, layout)), exact)
+    for each in (packed, AlignedRows().prepare(packed)):
+        generated = generated_for(layout, [x, *each], "sm_90")
+        expect(interpreter, generated, [x, *each], F.linear(x, unpack(packed, layout)), exact)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -40,6 +39,7 @@ def config_of(kernel: GeneratedKernel, code: MachineCode) -> Config:
     return Config(*sizes[:3], code.config["num_warps"], code.config["num_stages"], sizes[3])
 
 
+PATTERN = Spec(64, 2, 8)
 CASES = [(target, stored, 256) for target in TARGETS for stored in ("int8/64", "int4/32", "int4/row")]
 CASES += [("sm_90", stored, tokens) for stored in ("int8/32", "int4/64") for tokens in (1, 16, 64)]
 CASES = [" ".join(map(str, case)) for case in CASES]
@@ -75,7 +75,7 @@ def test_levels_are_not_converted(target):
         assert not [name for name in names if name.startswith("I2F")], names
 
 
-def shape_of(stored: str | None, tokens: int, spec: Any = Spec(64, 2, 8)) -> tuple[Layout, Shape]:
+def shape_of(stored: str | None, tokens: int, spec: Spec = PATTERN) -> tuple[Layout, Shape]:
     layout = Layout(spec, 14336, 4096, Quantization.parse(stored) if stored else None)
     shape = Shape(tokens, layout.rows, layout.groups, spec, torch.bfloat16, False, layout.quantization)
     return layout, shape

@@ -245,7 +245,7 @@ _EXPAND_DIRECT, _EXPAND = 6, 10
 that it expands to, and where what is expanded changes lanes first (of machine code, not timed)."""
 _DEQUANTISE = 1
 _DEQUANTISE_SINGLY = 5
-"""Instructions more of a term whose value is quantised: where two are made at a time, and elsewhere (of machine code)."""
+"""Instructions more for a term whose value is quantised: where two are made at a time, and elsewhere (counted)."""
 _GATHER = 9
 """Instructions that bring 16 bytes of activations, whose place a column from memory says."""
 _STEP_CYCLES = {1: 1130}
@@ -284,8 +284,8 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     multiply = 2 * config.block_o * config.block_t * terms / rate
     direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
     repeated = max(1, 16 * config.warps // config.block_o)  # warps that share rows expand each for itself
-    expand = (_EXPAND_DIRECT if direct else _EXPAND) + _dequantise(shape, target)
-    expand *= config.block_o * terms * repeated / _LANES
+    each = (_EXPAND_DIRECT if direct else _EXPAND) + _dequantise(shape, target)
+    expand = each * config.block_o * terms * repeated / _LANES
     gather = _GATHER * terms * max(1, config.block_t * shape.dtype.itemsize // 16) / _LANES
     weight = config.block_o * config.block_g * shape.group_bytes
     read = (weight + terms * config.block_t * shape.dtype.itemsize) / target.cache_bytes

@@ -74,8 +74,8 @@ _PROGRAM_GROUP = 8  # tiles of tokens that run side by side
 def linear(x: Any, arrays: list[Any], layout: Layout) -> Any:
     """`vnm::linear` as one Triton kernel, or, where a single pass leaves the device idle, partial sums and their sum.
 
-    None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, for a single output
-    feature, and where there are no tokens.
+    None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, for a single
+    output feature, and where there are no tokens.
     """
     if not _supported(x, arrays, layout):
         return None
@@ -109,7 +109,11 @@ class _Sparse:
         self.given = _as_matrix(x)
         values, metadata = (rows_in_place(array, WIDEST_LOAD, padded=True) for array in arrays[:2])
         # Metadata is read two bytes at a time where a quad of groups has as many.
-        self.arrays = (values, _rows_apart(metadata, self.spec.n), rows_in_place(arrays[2], WIDEST_LOAD))
+        self.arrays: tuple[Any, ...] = (
+            values,
+            _rows_apart(metadata, self.spec.n),
+            rows_in_place(arrays[2], WIDEST_LOAD),
+        )
         if layout.quantization is not None:
             values = _rows_apart(values, self.word.itemsize // values.get_dtype().itemsize)
             scales = rows_in_place(arrays[3], SCALES_LOAD, padded=True)
