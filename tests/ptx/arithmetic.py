@@ -13,7 +13,7 @@ import numpy as np
 from tests.ptx.errors import NotModelled, PTXError
 from tests.ptx.instructions import instruction
 from tests.ptx.machine import Machine, kind_dtype, kind_size
-from tests.ptx.parse import Operand
+from tests.ptx.parse import Immediate, Operand
 
 _INTEGER = r"(?P<kind>[us](?:16|32|64))"
 _BITS = r"(?P<kind>b(?:16|32|64)|pred)"
@@ -126,6 +126,16 @@ def of_two(machine: Machine, result: Operand, *operands: Operand, name: str, flu
     machine.write(result, flushed(value, flush).view(np.uint64))
 
 
+@instruction(r"fma\.rn\.(?P<kind>f16|bf16)x2")
+def fma_of_two(machine: Machine, result: Operand, *operands: Operand, kind: str) -> None:
+    """Of two two-byte floats in a word each. Sums of such are exact in double precision if not far apart."""
+    halves = [machine.read_all(each, "b32").view(np.uint16) for each in operands]
+    x, y, z = ((bf16_to_float(each) if kind == "bf16" else each.view(np.float16)).astype(np.float64) for each in halves)
+    total = x * y + z
+    value = float_to_bf16(total.astype(np.float32)) if kind == "bf16" else total.astype(np.float16).view(np.uint16)
+    machine.write(result, value.view(np.uint32))
+
+
 @instruction(r"mul\.hi\.(?P<kind>[us](?:16|32))")
 def multiply_high(machine: Machine, result: Operand, a: Operand, b: Operand, kind: str) -> None:
     """The upper half of a product."""
@@ -231,12 +241,27 @@ def extract_bits(machine: Machine, result: Operand, a: Operand, place: Operand, 
 
 @instruction(r"prmt\.b32")
 def permute_bytes(machine: Machine, result: Operand, a: Operand, b: Operand, selectors: Operand) -> None:
-    """Each of four selectors names one of eight bytes, or, with its highest bit, repeats that byte's sign."""
-    both = np.stack([machine.read_all(each, "u32").view(np.uint8).reshape(-1, 4) for each in (a, b)], 1).reshape(-1, 8)
+    """Each of four selectors names one of eight bytes, or, with its highest bit, repeats that byte's sign. An operand
+    that constant selectors have no byte of may be anything, also a register that nobody writes."""
+    named = {selectors.bits >> 4 * i & 4 for i in range(4)} if isinstance(selectors, Immediate) else {0, 4}
+    words = [machine.read_all(each if at in named else Immediate(0), "u32") for each, at in ((a, 0), (b, 4))]
+    both = np.stack([each.view(np.uint8).reshape(-1, 4) for each in words], 1).reshape(-1, 8)
     chosen = machine.read_all(selectors, "u32")[:, None] >> (4 * np.arange(4, dtype=np.uint32))
     taken = np.take_along_axis(both, (chosen & 7).astype(np.int64), 1)
     signs = np.where(taken & 0x80, np.uint8(0xFF), np.uint8(0))
     machine.write(result, np.where(chosen & 8, signs, taken).view(np.uint32)[:, 0])
+
+
+@instruction(r"lop3\.b32")
+def any_logic(machine: Machine, result: Operand, a: Operand, b: Operand, c: Operand, table: Operand) -> None:
+    """Any function of three bits: the bits of its table that a, b and c stand for."""
+    assert isinstance(table, Immediate)
+    x, y, z = (machine.read_all(each, "b32") for each in (a, b, c))
+    value = np.zeros_like(x)
+    for i in range(8):
+        if table.bits >> i & 1:
+            value |= (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
+    machine.write(result, value)
 
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {

@@ -10,17 +10,20 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from tests.codegen.triton.cases import arrays
+from tests.codegen.triton.cases import CPU, dense_layer, exact_weight, traced
 from tests.support import assert_as_accurate_as_dense
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import Generated, generate
+from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.codegen.triton import lowering
 from vnm_compile.codegen.triton.configs import Config
 from vnm_compile.format import unpack
 from vnm_compile.layout import Layout
 from vnm_compile.ops import gated_linear, linear, sections
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
@@ -40,6 +43,7 @@ class Case:
         config: in place of the one that would be chosen.
         hint: tokens that code with a symbolic number of them is generated for.
         tf32: whether torch allows TF32.
+        stored: how values are quantised, if they are.
         targets: that it is generated for.
     """
 
@@ -53,6 +57,7 @@ class Case:
     config: Config | None = None
     hint: int | None = None
     tf32: bool = False
+    stored: str | None = None
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_120")
 
 
@@ -133,8 +138,42 @@ CASES = (
     # One kernel for any number of tokens.
     Case("any number, few", "64:2:8", 17, 96, 136, _BF16, hint=4),
     Case("any number, many", "64:2:8", 101, 96, 136, _FP16, hint=70),
+    # Quantised values: both numbers of bits, every dtype, scales of parts of a tile's rows, of more, and of whole rows.
+    Case("int8", "64:2:8", 40, 200, 100, _BF16, stored="int8/64"),
+    Case("int8, fp16, tails", "32:2:5", 33, 100, 333, _FP16, stored="int8/32"),
+    Case("int4", "64:2:8", 40, 200, 100, _BF16, stored="int4/32"),
+    Case("int4, fp16, tails", "16:2:5", 17, 80, 405, _FP16, stored="int4/64"),
+    Case("int4, a scale a row", "64:2:8", 20, 100, 520, _BF16, stored="int4/row"),
+    Case("int8, a scale a row", "16:2:16", 9, 80, 1100, _FP16, stored="int8/row"),
+    Case("int4, one value", "64:1:8", 5, 96, 200, _FP16, stored="int4/32"),
+    Case("int8, one value", "32:1:8", 21, 96, 600, _BF16, stored="int8/128"),
+    Case("int4, fp32", "32:2:8", 9, 64, 200, _FP32, stored="int4/32"),
+    Case("int8, tf32", "64:1:8", 24, 64, 512, _FP32, tf32=True, stored="int8/32"),
+    Case("int4, tile of prefill", "64:2:8", 150, 128, 520, _BF16, config=Config(64, 128, 16, 4, 3), stored="int4/64"),
+    Case("int8, wide steps", "64:2:8", 20, 128, 1040, _FP16, config=Config(64, 32, 64, 4, 5), stored="int8/64"),
+    Case("int8, one token", "64:2:8", 1, 128, 512, _BF16, stored="int8/64"),
+    Case("int4, one token, tails", "16:2:5", 1, 100, 405, _FP16, stored="int4/32"),
+    Case("int4, one token, a scale a row", "48:2:32", 1, 130, 1100, _BF16, stored="int4/row"),
+    Case("int4, split", "64:2:8", 3, 128, 4400, _BF16, stored="int4/128"),
+    Case("int4, gated", "32:2:8", 3, 72, 132, _BF16, kind="silu", stored="int4/32"),
+    Case("int8, gated, a scale a row", "64:2:8", 48, 128, 256, _FP16, kind="gelu", stored="int8/row"),
+    Case("int4, gated, one token", "64:2:5", 1, 100, 1003, _BF16, kind="silu", stored="int4/64"),
+    Case("int8, block", "64:2:8", 70, 96, 126, _BF16, kind="block", stored="int8/32"),
+    Case("int4, joined", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined", stored="int4/32"),
+    Case("int8, any number", "64:2:8", 17, 96, 136, _BF16, hint=4, stored="int8/64"),
 )  # fmt: skip
-HUNTED = ("small groups", "many tokens", "tf32", "one token, tails", "gated", "gated, one token", "block")
+HUNTED = (
+    "small groups",
+    "many tokens",
+    "tf32",
+    "one token, tails",
+    "gated",
+    "gated, one token",
+    "block",
+    "int8",
+    "int4, one token, tails",
+    "int4, gated",
+)
 """Cases that mutants are planted in, for the targets that differ most."""
 BY_NAME = {case.name: case for case in CASES}
 
@@ -142,10 +181,12 @@ BY_NAME = {case.name: case for case in CASES}
 def build(case: Case, target: str) -> Built:
     """Random inputs for a case, its code, and the expected outputs. Inputs do not depend on the target."""
     torch.manual_seed(0)
-    layout = Layout(Spec.parse(case.spec), case.out_features, case.in_features)
+    stored = Quantization.parse(case.stored) if case.stored else None
+    layout = Layout(Spec.parse(case.spec), case.out_features, case.in_features, stored)
     gated = case.kind in ACTIVATIONS
-    parts = [arrays(case.out_features, case.in_features, layout.spec, case.dtype, seed) for seed in range(1 + gated)]
+    parts = [random_packed(layout, case.dtype, CPU, seed) for seed in range(1 + gated)]
     weights = [unpack(part, layout) for part in parts]
+    exact_weights = [exact_weight(part, layout) for part in parts]
     packed = [torch.cat(pair) for pair in zip(*parts, strict=True)]
     extra = []
     if case.kind == "block":
@@ -165,7 +206,7 @@ def build(case: Case, target: str) -> Built:
         generated = generate(_graph(case, layout), sample, target, static=tuple(static), dynamic=dynamic)
     seen = [_as_tf32(each) if case.tf32 else each for each in (x, *weights, *extra)]
     dense = _compute(case, *seen)
-    exact = _compute(case, *(each.double() for each in (x, *weights, *extra)))
+    exact = _compute(case, x.double(), *exact_weights, *(each.double() for each in extra))
     return Built(generated, inputs, dense, exact)
 
 
@@ -179,23 +220,29 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _graph(case: Case, layout: Layout) -> Callable[..., Any]:
+def _graph(case: Case, layout: Layout) -> GraphModule:
     def product(x: Any, *packed: Any) -> Any:
         if case.kind in ACTIVATIONS:
             return gated_linear(x, packed, layout, case.kind)
         return linear(x, packed, layout)
 
-    def block(x: Any, values: Any, metadata: Any, columns: Any, bias: Any, residual: Any) -> Any:
-        return (_around(lambda y: product(y, values, metadata, columns), x, bias, residual),)
+    def block(x: Any, packed: Any, bias: Any, residual: Any) -> Any:
+        return (_around(lambda y: product(y, *packed), x, bias, residual),)
 
-    def joined(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        pieces = sections(product(x, values, metadata, columns), [*_SPLITS[:2], _SPLITS[2] - 3], _SPLITS)
+    def joined(x: Any, packed: Any) -> Any:
+        pieces = sections(product(x, *packed), [*_SPLITS[:2], _SPLITS[2] - 3], _SPLITS)
         return tuple(pieces[i] for i in range(len(_SPLITS)))
 
-    def plain(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
-        return (product(x, values, metadata, columns),)
+    def plain(x: Any, packed: Any) -> Any:
+        return (product(x, *packed),)
 
-    return {"block": block, "joined": joined}.get(case.kind, plain)
+    function = {"block": block, "joined": joined}.get(case.kind, plain)
+    arrays = len(layout.names)
+
+    def graph(x: Any, *rest: Any) -> Any:
+        return function(x, rest[:arrays], *rest[arrays:])
+
+    return traced(graph, 1 + arrays + (2 if case.kind == "block" else 0))
 
 
 def _around(multiply: Callable[[Any], Any], x: Any, bias: Any, residual: Any) -> Any:
@@ -217,14 +264,7 @@ def _compute(case: Case, x: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def _dense(x: Tensor, weight: Tensor, tf32: bool) -> Tensor:
-    """A dense layer. In fp32 without tensor cores a GPU adds one product after another, which is less exact than what
-    CPUs do."""
-    if x.dtype != torch.float32 or tf32:
-        return F.linear(x, weight)
-    total = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
-    for k in range(x.shape[-1]):
-        total = (total.double() + x[..., k, None].double() * weight[:, k].double()).float()
-    return total
+    return F.linear(x, weight) if tf32 else dense_layer(x, weight)
 
 
 def _as_tf32(tensor: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from torch.nn import functional as F
 import vnm_compile as vnm
 from tests.support import assert_as_accurate_as_dense, make_sparse_, with_slow
 from vnm_compile.codegen.random_arrays import random_packed
-from vnm_compile.explanation.describe import _told
-from vnm_compile.explanation.layer import COMPRESSED
 from vnm_compile.format import unpack
 from vnm_compile.layout import Layout
 from vnm_compile.ops import gated_linear, linear
@@ -222,13 +220,27 @@ def test_a_weight_that_is_quantised_anew_is_not_stale():
         torch.testing.assert_close(compiled(x), net(x))
 
 
-def test_gpus_have_no_kernel_yet_and_explain_says_so():
-    net = block()
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_for_gpus(values, target, tokens):
+    """Every weight of a block has a kernel there, and nothing calls the reference, which unpacks."""
+    report = vnm.inspect(block(values, torch.bfloat16), torch.randn(tokens, 64).to(torch.bfloat16), target=target)
+    few = tokens == 1 and target == "sm_90"
+    assert {kernel.template for kernel in report.sparse} == {"vnm_vector" if few else "vnm_linear"}
+    assert not [call.name for call in report.library_calls if "vnm" in call.name]
+    assert {layer.decision for layer in report.explanation.layers} == {"sparse"}
+    assert f"values as {values}/32" in report.explanation["down"].reason
+
+
+def test_gpus_round_no_activations_and_explain_says_so():
+    torch.manual_seed(0)
+    net = make_sparse_(Block(), "16:2:8").eval()
+    vnm.quantize(net, "int8", 32, activations="int8", progress=False)
     report = vnm.inspect(net, torch.randn(4, 64), target="sm_90")
     assert not report.sparse
-    decision, reason = _told("sparse", COMPRESSED, net.down.weight.layout_of_arrays, "cuda:0")
-    assert decision == "dense"
-    assert "no kernel for int4 values on GPUs" in reason
+    assert {layer.decision for layer in report.explanation.layers} == {"dense"}
+    assert "no kernel on GPUs rounds activations" in report.explanation["down"].reason
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])

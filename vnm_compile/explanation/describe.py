@@ -167,10 +167,11 @@ def _told(decision: str, reason: str, layout: Layout | None, device: str) -> tup
     """Decision and reason of a layer; of one with quantised values also how these are stored and computed with."""
     if layout is None or layout.quantization is None:
         return decision, reason
-    reason = reason.replace(COMPRESSED, f"{COMPRESSED}, values as {layout.quantization}", 1)
-    if not device.startswith("cpu"):
-        kind = layout.quantization.kind
-        return "dense", f"{reason}; no kernel for {kind} values on GPUs: the weight is unpacked on every call"
+    how = f"values as {layout.quantization.kind}/{layout.quantization.group or 'row'}"
+    how += ", activations rounded to int8" if layout.rounds else ""
+    reason = reason.replace(COMPRESSED, f"{COMPRESSED}, {how}", 1)
+    if layout.rounds and not device.startswith("cpu"):
+        return "dense", f"{reason}; no kernel on GPUs rounds activations: the weight is unpacked on every call"
     return decision, reason
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.nn import functional as F
 
 import vnm_compile.codegen.kernels  # noqa: F401 (says which kernels there are)
 from tests.codegen.triton.interpreter import Interpreter
@@ -16,13 +17,39 @@ from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import Packed, unpack
 from vnm_compile.layout import Layout
 from vnm_compile.ops import linear
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 CPU = torch.device("cpu")
 
 
-def arrays(out_features: int, in_features: int, spec: Spec, dtype: torch.dtype, seed: int = 0) -> Packed:
-    return random_packed(Layout(spec, out_features, in_features), dtype, CPU, seed)
+def arrays(
+    out_features: int,
+    in_features: int,
+    spec: Spec,
+    dtype: torch.dtype,
+    seed: int = 0,
+    stored: Quantization | None = None,
+) -> Packed:
+    return random_packed(Layout(spec, out_features, in_features, stored), dtype, CPU, seed)
+
+
+def exact_weight(packed: Packed, layout: Layout) -> Tensor:
+    """The weight in float64: of quantised values levels times scales, not rounded."""
+    if layout.quantization is None:
+        return unpack(packed, layout).double()
+    return unpack(packed.replaced(layout.names.index("scales"), packed.scales.double()), layout)
+
+
+def dense_layer(x: Tensor, weight: Tensor) -> Tensor:
+    """A dense layer on a GPU. In fp32 without tensor cores it adds one product after another, which is less exact than
+    what CPUs do."""
+    if x.dtype != torch.float32:
+        return F.linear(x, weight)
+    total = torch.zeros(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
+    for k in range(x.shape[-1]):
+        total = (total.double() + x[..., k, None].double() * weight[:, k].double()).float()
+    return total
 
 
 def expect(interpreter: Interpreter, generated: Generated, inputs: list[Any], dense: Tensor, exact: Tensor) -> None:
@@ -47,3 +74,12 @@ def plain(spec: Spec, out_features: int, in_features: int) -> Callable[..., Any]
         return linear(x, (values, metadata, columns), Layout(spec, out_features, in_features))
 
     return graph
+
+
+def traced(function: Callable[..., Any], inputs: int) -> fx.GraphModule:
+    """The graph of a function that takes so many inputs, one by one or as `*args`."""
+    tracer = fx.Tracer()
+    tracer.root, tracer.graph = torch.nn.Module(), fx.Graph()
+    given = [tracer.create_proxy("placeholder", f"arg{i}", (), {}) for i in range(inputs)]
+    tracer.create_node("output", "output", (tracer.create_arg(function(*given)),), {})
+    return fx.GraphModule(tracer.root, tracer.graph)

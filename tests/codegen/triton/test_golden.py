@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.codegen.triton.cases import arrays, case, expect
+from tests.codegen.triton.cases import CPU, arrays, case, exact_weight, expect, traced
 from vnm_compile.codegen.generate import generate
+from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.codegen.virtual_device import virtual_device
 from vnm_compile.format import unpack
 from vnm_compile.hardware import find_target
@@ -22,6 +23,7 @@ from vnm_compile.inspection.assembly import count_instructions
 from vnm_compile.inspection.machine_code import compile_kernel
 from vnm_compile.layout import Layout
 from vnm_compile.ops import weight_args
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 
@@ -34,6 +36,12 @@ class Golden(NamedTuple):
     in_features: int
     dtype: torch.dtype
     epilogue: Callable[[Tensor, Tensor, Tensor], Tensor]
+    stored: str | None = None
+
+    @property
+    def layout(self) -> Layout:
+        quantization = Quantization.parse(self.stored) if self.stored else None
+        return Layout(Spec.parse(self.spec), self.out_features, self.in_features, quantization)
 
 
 def gelu(y: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -55,6 +63,8 @@ GOLDEN = [
     Golden("tails_gelu", "sm_80", "32:2:5", 33, 100, 333, torch.float16, gelu),
     Golden("one_kept_scale", "sm_89", "64:1:8", 20, 64, 256, torch.float32, scale),
     Golden("shifted_add", "gfx942", "64:2:8", 40, 128, 256, torch.float16, add_residual),
+    Golden("int8_decode_add", "sm_90", "64:2:8", 1, 128, 2048, torch.bfloat16, add_residual, "int8/64"),
+    Golden("int4_prefill_gelu", "sm_90", "128:2:16", 300, 256, 512, torch.bfloat16, gelu, "int4/32"),
 ]
 
 MULTIPLIES = {
@@ -65,6 +75,8 @@ MULTIPLIES = {
     "tails_gelu": "HMMA",
     "one_kept_scale": "FFMA",  # fp32 without TF32, torch's default, has no tensor core
     "shifted_add": "v_mfma",
+    "int8_decode_add": "FFMA",
+    "int4_prefill_gelu": "HGMMA",
 }
 """What multiplies in the hot loop of each."""
 
@@ -73,31 +85,33 @@ def kernel_text(source: str) -> str:
     return source[source.index("@triton.jit") :].strip() + "\n"
 
 
-def multiply(name: str, spec: Spec, out_features: int, in_features: int) -> Callable[..., Any]:
+def multiply(name: str, layout: Layout) -> Callable[..., Any]:
     op = getattr(torch.ops.vnm, name)
     rest = ("silu",) if name == "gated_linear" else ()
 
     def call(x: Any, packed: Any) -> Any:
-        return op(x, *weight_args(packed, Layout(spec, out_features, in_features)), *rest)
+        return op(x, *weight_args(packed, layout), *rest)
 
     return call
 
 
 @pytest.mark.parametrize("each", GOLDEN, ids=lambda each: each.name)
 def test_linear(golden, interpreter, each):
-    spec, x, packed, weight = case(each.spec, each.tokens, each.out_features, each.in_features, each.dtype)
+    layout, arrays = each.layout, len(each.layout.names)
+    packed = random_packed(layout, each.dtype, CPU)
+    x = torch.randn(1, each.tokens, each.in_features).to(each.dtype)
     bias = torch.randn(each.out_features).to(each.dtype)
     residual = torch.randn(1, each.tokens, each.out_features).to(each.dtype)
-    linear = multiply("linear", spec, each.out_features, each.in_features)
+    linear = multiply("linear", layout)
 
-    def graph(x: Any, values: Any, metadata: Any, columns: Any, bias: Any, residual: Any) -> Any:
-        return each.epilogue(linear(x, (values, metadata, columns)), bias, residual)
+    def graph(x: Any, *rest: Any) -> Any:
+        return each.epilogue(linear(x, rest[:arrays]), *rest[arrays:])
 
     inputs = [x, *packed, bias, residual]
-    generated = generate(graph, inputs, each.target, static=(1, 2, 3, 4))
+    generated = generate(traced(graph, len(inputs)), inputs, each.target, static=range(1, arrays + 2))
     check(golden, each.name, each.target, generated)
-    exact = each.epilogue(F.linear(x.double(), weight.double()), bias.double(), residual.double())
-    expect(interpreter, generated, inputs, each.epilogue(F.linear(x, weight), bias, residual), exact)
+    exact = each.epilogue(F.linear(x.double(), exact_weight(packed, layout)), bias.double(), residual.double())
+    expect(interpreter, generated, inputs, each.epilogue(F.linear(x, unpack(packed, layout)), bias, residual), exact)
 
 
 def test_gated(golden, interpreter):
@@ -105,7 +119,7 @@ def test_gated(golden, interpreter):
     up = arrays(128, 256, spec, torch.bfloat16, seed=1)
     weights = gate_weight, unpack(up, Layout(spec, 128, 256))
     both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
-    gated = multiply("gated_linear", spec, 128, 256)
+    gated = multiply("gated_linear", Layout(spec, 128, 256))
 
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
         return gated(x, (values, metadata, columns))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vnm_compile.hardware import Target, allows_tf32
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 DECODE_TOKENS = 32
@@ -40,6 +41,7 @@ class Shape:
         tokens: expected number of tokens.
         rows: of the weight, padded to blocks; of one of the two where `gated`.
         groups: of a row.
+        quantization: of the values, if they are integers.
     """
 
     tokens: int
@@ -48,6 +50,22 @@ class Shape:
     spec: Spec
     dtype: torch.dtype
     gated: bool = False
+    quantization: Quantization | None = None
+
+    @property
+    def group_bytes(self) -> float:
+        """Of a group of a row as it is stored: values and indices, and its share of scales."""
+        if self.quantization is None:
+            return self.spec.n * (self.dtype.itemsize + 0.25)
+        of_scale = self.dtype.itemsize / (self.quantization.group or self.groups * self.spec.n)
+        return self.spec.n * (self.quantization.bits / 8 + of_scale + 0.25)
+
+    def scale_bytes(self, groups: int) -> int:
+        """Of the scales of some groups of a row, as a tile loads them: words, or where one is too many, two of which
+        one is full."""
+        if self.quantization is None or self.quantization.group is None:
+            return 0
+        return max(8, groups * self.spec.n // self.quantization.group * self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,9 @@ class Config:
         size = shape.dtype.itemsize
         terms = KEPT_COLUMNS * self.block_g
         activation = terms * self.block_t * size
-        weight = self.block_o * self.block_g * shape.spec.n * size + self.block_o * self.block_g * shape.spec.n // 4
+        values = shape.quantization.bits / 8 if shape.quantization else size
+        of_row = self.block_g * shape.spec.n * (values + 0.25) + shape.scale_bytes(self.block_g)
+        weight = self.block_o * math.ceil(of_row)
         expanded = self.block_o * terms * size  # where it passes through shared memory
         tiles = 2 if shape.gated else 1
         return tiles * ((depth + 1) * activation + depth * (weight + 16 * self.block_g)) + expanded
@@ -223,6 +243,9 @@ _LANES = 128
 _EXPAND_DIRECT, _EXPAND = 6, 10
 """Instructions that bring a term of the weight to the tensor cores: where a warp group multiplies out of the registers
 that it expands to, and where what is expanded changes lanes first (of machine code, not timed)."""
+_DEQUANTISE = 1
+_DEQUANTISE_SINGLY = 5
+"""Instructions more for a term whose value is quantised: where two are made at a time, and elsewhere (counted)."""
 _GATHER = 9
 """Instructions that bring 16 bytes of activations, whose place a column from memory says."""
 _STEP_CYCLES = {1: 1130}
@@ -261,13 +284,21 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     multiply = 2 * config.block_o * config.block_t * terms / rate
     direct = _by_warp_groups(target) and config.block_o % 64 == 0 and config.warps % 4 == 0
     repeated = max(1, 16 * config.warps // config.block_o)  # warps that share rows expand each for itself
-    expand = (_EXPAND_DIRECT if direct else _EXPAND) * config.block_o * terms * repeated / _LANES
+    each = (_EXPAND_DIRECT if direct else _EXPAND) + _dequantise(shape, target)
+    expand = each * config.block_o * terms * repeated / _LANES
     gather = _GATHER * terms * max(1, config.block_t * shape.dtype.itemsize // 16) / _LANES
-    weight = config.block_o * config.block_g * shape.spec.n * (shape.dtype.itemsize + 0.25)
+    weight = config.block_o * config.block_g * shape.group_bytes
     read = (weight + terms * config.block_t * shape.dtype.itemsize) / target.cache_bytes
     latency = _STEP_CYCLES.get((config.stages - 1) // 2, _STEP_CYCLES_DEEP)
     step = max(resident * weights * read, resident * weights * (multiply + expand + gather) + latency)
 
-    stored = weights * shape.rows * shape.groups * (shape.spec.n * (shape.dtype.itemsize + 0.25) + 4 / shape.spec.v)
+    stored = weights * shape.rows * shape.groups * (shape.group_bytes + 4 / shape.spec.v)
     extra = _LAUNCH_SECONDS + (_SUM_SECONDS if config.splits > 1 else 0)
     return extra + max(rounds * steps * step / target.clock, stored / (_OF_BANDWIDTH * target.bandwidth))
+
+
+def _dequantise(shape: Shape, target: Target) -> int:
+    if shape.quantization is None:
+        return 0
+    in_pairs = target.backend == "cuda" and shape.spec.n == 2 and shape.dtype.itemsize == 2
+    return _DEQUANTISE if in_pairs else _DEQUANTISE_SINGLY

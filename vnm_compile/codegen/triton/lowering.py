@@ -41,7 +41,7 @@ from vnm_compile.codegen.triton.configs import (
     two_passes,
     vector_configurations,
 )
-from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
+from vnm_compile.codegen.triton.prepack import SCALES_LOAD, WIDEST_LOAD
 from vnm_compile.codegen.triton.templates import (
     gated_template,
     gated_vector_template,
@@ -57,6 +57,13 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {
+    torch.float32: "tl.float32",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+    torch.int16: "tl.int16",
+    torch.int32: "tl.int32",
+}
 _FEWEST_ROWS = 16  # of a tensor core's tile
 _FEWEST_TOKENS = 16  # of a tile: rows of so many are read whole
 _MEASURED = 4  # configurations, where the user has not asked for more
@@ -67,8 +74,8 @@ _PROGRAM_GROUP = 8  # tiles of tokens that run side by side
 def linear(x: Any, arrays: list[Any], layout: Layout) -> Any:
     """`vnm::linear` as one Triton kernel, or, where a single pass leaves the device idle, partial sums and their sum.
 
-    None for dtypes other than fp32, bf16 and fp16, for quantised values, for blocks that hold no 16 rows of a power of
-    two, for a single output feature, and where there are no tokens.
+    None for dtypes other than fp32, bf16 and fp16, for blocks that hold no 16 rows of a power of two, for a single
+    output feature, where there are no tokens, and where activations are rounded.
     """
     if not _supported(x, arrays, layout):
         return None
@@ -87,7 +94,7 @@ def gated_linear(x: Any, arrays: list[Any], layout: Layout, activation: str) -> 
 
 
 def _supported(x: Any, arrays: list[Any], layout: Layout) -> bool:
-    if layout.quantization is not None:
+    if layout.rounds:
         return False
     same = x.get_dtype() in _DTYPES and layout.weight_dtype([array.get_dtype() for array in arrays]) == x.get_dtype()
     # Inductor stores to a tensor of one element without a mask, and a tile's other elements would overwrite it.
@@ -104,13 +111,31 @@ class _Sparse:
         self.given = _as_matrix(x)
         values, metadata = (rows_in_place(array, WIDEST_LOAD, padded=True) for array in arrays[:2])
         # Metadata is read two bytes at a time where a quad of groups has as many.
-        self.arrays = (values, _rows_apart(metadata, self.spec.n), rows_in_place(arrays[2], WIDEST_LOAD))
+        self.arrays: tuple[Any, ...] = (
+            values,
+            _rows_apart(metadata, self.spec.n),
+            rows_in_place(arrays[2], WIDEST_LOAD),
+        )
+        if layout.quantization is not None:
+            values = _rows_apart(values, self.word.itemsize // values.get_dtype().itemsize)
+            scales = rows_in_place(arrays[3], SCALES_LOAD, padded=True)
+            scales = _rows_apart(scales, SCALES_LOAD // self.dtype.itemsize)
+            self.arrays = (values, *self.arrays[1:], scales)
         self.tokens = self.given.get_size()[0]
 
     @functools.cached_property
     def x(self) -> Any:
         """The activations, K-major with aligned rows."""
         return _k_major(self.given)
+
+    @property
+    def word(self) -> torch.dtype:
+        """What values are read in: those of a group, or of quantised ones those of a quad of groups, or half of it."""
+        if self.layout.quantization is not None:
+            return torch.int16 if self.layout.quantization.bits * self.spec.n == 4 else torch.int32
+        if self.dtype.itemsize == 4:
+            return self.dtype
+        return torch.int32 if self.spec.n == 2 else torch.int16
 
     @property
     def permutes_bytes(self) -> bool:
@@ -161,7 +186,8 @@ class _Sparse:
 
     def _shape(self, gated: bool, rows: int | None = None) -> Shape:
         tokens = max(1, size_hint(self.tokens))
-        return Shape(tokens, rows or self.layout.rows, self.layout.groups, self.spec, self.dtype, gated)
+        quantization = self.layout.quantization
+        return Shape(tokens, rows or self.layout.rows, self.layout.groups, self.spec, self.dtype, gated, quantization)
 
     def _ranked(self, gated: bool, rows: int | None = None) -> list[Config]:
         shape = self._shape(gated, rows)
@@ -203,9 +229,8 @@ class _Sparse:
 
     def _constants(self, config: Config, columns: int, inputs: list[Any]) -> dict[str, Any]:
         spec, groups = self.spec, self.layout.groups
-        half = self.dtype.itemsize == 2
         split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
-        word = {1: "tl.int16", 2: "tl.int32"}[spec.n] if half else None
+        values_in_word = self.word.itemsize // self.arrays[0].get_dtype().itemsize
         empty_round = has_empty_round(config, self._shape(gated=False))
         return {
             "V": spec.v,
@@ -221,21 +246,33 @@ class _Sparse:
             "GROUP_T": _PROGRAM_GROUP,
             "SPLITS": config.splits,
             "SPLIT_G": split_groups,
-            "VALUES_STRIDE": int(self.arrays[0].get_stride()[0]) // (spec.n if word else 1),
-            "VALUES_WIDTH": _readable(self.arrays[0]) // (spec.n if word else 1),
+            "VALUES_STRIDE": int(self.arrays[0].get_stride()[0]) // values_in_word,
+            "VALUES_WIDTH": _readable(self.arrays[0]) // values_in_word,
             "METADATA_STRIDE": int(self.arrays[1].get_stride()[0]) // spec.n,
             "METADATA_WIDTH": _readable(self.arrays[1]) // spec.n,
             "EVEN_G": groups % config.block_g == 0 and not empty_round,
             "EMPTY_ROUND": empty_round,
             "TAIL": self.layout.tail != 0,
-            "WORDS": word,
-            "DTYPE": {2: "tl.bfloat16" if self.dtype == torch.bfloat16 else "tl.float16", 4: "tl.float32"}[
-                self.dtype.itemsize
-            ],
+            "WORDS": None if self.word.is_floating_point else _NAMES[self.word],
+            "DTYPE": _NAMES[self.dtype],
             "WIDE": not fits_32_bits(*_extents(inputs)),
             "COLUMN_BITS": 8 * spec.column_dtype.itemsize,
             "PERMUTE_BYTES": self.permutes_bytes,
             "ALLOW_TF32": allows_tf32(),
+            **self._quantised_constants(),
+        }
+
+    def _quantised_constants(self) -> dict[str, Any]:
+        """What templates ask for of quantised values, and only then."""
+        kind = self.layout.quantization
+        if kind is None:
+            return {}
+        return {
+            "LEVEL_BITS": kind.bits,
+            "QUAD_WORDS": kind.bits * self.spec.n * 4 // 8 // self.word.itemsize,
+            "SCALE_GROUP": kind.group or 0,  # 0: all of a row
+            "SCALES_STRIDE": int(self.arrays[3].get_stride()[0]),
+            "SCALES_WIDTH": _aligned(self.arrays[3], SCALES_LOAD),
         }
 
     def _random_arrays(self) -> dict[int, Any]:
@@ -252,7 +289,7 @@ class _Sparse:
             made[:, : arrays()[position].shape[1]] = arrays()[position]
             return made
 
-        return {1 + i: functools.partial(like, i) for i in range(3)}
+        return {1 + i: functools.partial(like, i) for i in range(len(self.arrays))}
 
 
 def _as_matrix(x: Any) -> Any:
@@ -276,7 +313,8 @@ def _k_major(x: Any) -> Any:
 def _extents(inputs: list[Any]) -> list[Any]:
     """Elements up to the last that a load may touch, of each array. Inductor's own check stops at the last element
     that counts, and what a whole load brings of the padding behind it may lie beyond 32 bits."""
-    return [each.get_size()[dim] * each.get_stride()[dim] for each, dim in zip(inputs, (1, 0, 0, 0), strict=True)]
+    dims = (1, *[0] * (len(inputs) - 1))
+    return [each.get_size()[dim] * each.get_stride()[dim] for each, dim in zip(inputs, dims, strict=True)]
 
 
 def _rows_apart(array: Any, multiple: int) -> Any:
@@ -293,6 +331,6 @@ def _readable(array: Any) -> int:
     return aligned if int(array.get_stride()[0]) >= aligned else int(array.get_size()[1])
 
 
-def _aligned(array: Any) -> int:
+def _aligned(array: Any, load: int = WIDEST_LOAD) -> int:
     """Elements of a row, rounded up to whole loads."""
-    return int(round_up(int(array.get_size()[1]), WIDEST_LOAD // array.get_dtype().itemsize))
+    return int(round_up(int(array.get_size()[1]), load // array.get_dtype().itemsize))

@@ -11,9 +11,12 @@ from vnm_compile.prepack import Prepack
 WIDEST_LOAD = 16
 """Bytes that a thread loads at once."""
 
+SCALES_LOAD = 4
+"""Bytes of scales that are loaded at once: the fewest that can be copied asynchronously."""
+
 
 class AlignedRows(Prepack):
-    """Every row of values and metadata begins at a multiple of 16 bytes.
+    """Every row of values and metadata begins at a multiple of 16 bytes, of scales at one of 4.
 
     Where a row is no multiple of that (64:2:5 has rows of 205 bytes of metadata at K = 4096), loads would shrink to 2
     bytes. The kernels take the distance of rows as a parameter and work on unpadded ones too.
@@ -24,10 +27,11 @@ class AlignedRows(Prepack):
     def prepare(self, packed: Packed) -> Packed:
         """The arrays with aligned rows: views of padded copies where they are not so already. What begins elsewhere in
         its memory than at a multiple of 16 bytes is copied."""
-        values, metadata, columns, *rest = packed
+        values, metadata, columns, *scales = packed
         if not (columns.is_contiguous() and _begins_aligned(columns)):
             columns = columns.clone(memory_format=torch.contiguous_format)
-        return packed.remade((_aligned(values), _aligned(metadata), columns, *rest))
+        scales = [_aligned(array, SCALES_LOAD) for array in scales]
+        return packed.remade((_aligned(values), _aligned(metadata), columns, *scales))
 
     def renew(self, kept: Packed, fresh: Packed) -> Packed:
         """The arrays that are kept, written: CUDA graphs have recorded their addresses."""
@@ -38,9 +42,9 @@ class AlignedRows(Prepack):
         return kept
 
 
-def _aligned(array: Tensor) -> Tensor:
+def _aligned(array: Tensor, load: int = WIDEST_LOAD) -> Tensor:
     rows, width = array.shape
-    multiple = WIDEST_LOAD // array.element_size()
+    multiple = load // array.element_size()
     if array.stride() == (width, 1) and width % multiple == 0 and _begins_aligned(array):
         return array
     return array.new_zeros(rows, -(-width // multiple) * multiple)[:, :width].copy_(array)

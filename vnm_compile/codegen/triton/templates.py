@@ -12,6 +12,10 @@ from vnm_compile.codegen.inductor import TritonTemplate
 
 _HERE = Path(__file__).parent
 
+_TILE = ("weight", "levels", "quantised")
+_ROWS = ("row_products", "levels")
+"""What kernels on tensor cores share, and those for one token."""
+
 
 def source(*names: str) -> str:
     """Templates one after the other."""
@@ -32,26 +36,26 @@ def _grid(*sizes_and_meta: Any, cdiv: Any = None) -> tuple[int, int, int]:
 @functools.cache
 def linear_template() -> Any:
     """`x @ W.T`."""
-    return TritonTemplate(name="vnm_linear", grid=_grid, source=source("linear", "weight"))
+    return TritonTemplate(name="vnm_linear", grid=_grid, source=source("linear", *_TILE))
 
 
 @functools.cache
 def gated_template(activation: str) -> Any:
     """`activation(x @ gate.T) * (x @ up.T)`; `activation` is a name in `vnm_compile.activations`."""
-    text = _activated(source("gated", "weight"), activation)
+    text = _activated(source("gated", *_TILE), activation)
     return TritonTemplate(name=f"vnm_gated_{activation}", grid=_grid, source=text)
 
 
 @functools.cache
 def vector_template() -> Any:
     """`x @ W.T` for one token, without tensor cores."""
-    return TritonTemplate(name="vnm_vector", grid=_grid, source=source("vector", "row_products"))
+    return TritonTemplate(name="vnm_vector", grid=_grid, source=source("vector", *_ROWS))
 
 
 @functools.cache
 def gated_vector_template(activation: str) -> Any:
     """`activation(x @ gate.T) * (x @ up.T)` for one token, without tensor cores."""
-    text = _activated(source("gated_vector", "row_products"), activation)
+    text = _activated(source("gated_vector", *_ROWS), activation)
     return TritonTemplate(name=f"vnm_gated_vector_{activation}", grid=_grid, source=text)
 
 
