@@ -110,17 +110,15 @@ class _Sparse:
         self.target: Target = device_target(x.get_device())
         self.given = _as_matrix(x)
         values, metadata = (rows_in_place(array, WIDEST_LOAD, padded=True) for array in arrays[:2])
-        # Metadata is read two bytes at a time where a quad of groups has as many.
-        self.arrays: tuple[Any, ...] = (
-            values,
-            _rows_apart(metadata, self.spec.n),
-            rows_in_place(arrays[2], WIDEST_LOAD),
-        )
+        columns = rows_in_place(arrays[2], WIDEST_LOAD)
+        # Metadata is read two bytes at a time where a quad of groups has as many; levels, and scales, by the word.
+        metadata = _rows_apart(metadata, self.spec.n)
+        scales: list[Any] = []
         if layout.quantization is not None:
             values = _rows_apart(values, self.word.itemsize // values.get_dtype().itemsize)
-            scales = rows_in_place(arrays[3], SCALES_LOAD, padded=True)
-            scales = _rows_apart(scales, SCALES_LOAD // self.dtype.itemsize)
-            self.arrays = (values, *self.arrays[1:], scales)
+            few = rows_in_place(arrays[3], SCALES_LOAD, padded=True)
+            scales = [_rows_apart(few, SCALES_LOAD // self.dtype.itemsize)]
+        self.arrays = (values, metadata, columns, *scales)
         self.tokens = self.given.get_size()[0]
 
     @functools.cached_property
