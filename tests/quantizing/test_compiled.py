@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import vnm_compile as vnm
 from tests.support import assert_as_accurate_as_dense, make_sparse_, with_slow
 from vnm_compile.codegen.random_arrays import random_packed
+from vnm_compile.explanation.describe import _told
+from vnm_compile.explanation.layer import COMPRESSED
 from vnm_compile.format import unpack
 from vnm_compile.layout import Layout
 from vnm_compile.ops import gated_linear, linear
@@ -239,8 +241,9 @@ def test_gpus_round_no_activations_and_explain_says_so():
     vnm.quantize(net, "int8", 32, activations="int8", progress=False)
     report = vnm.inspect(net, torch.randn(4, 64), target="sm_90")
     assert not report.sparse
-    assert {layer.decision for layer in report.explanation.layers} == {"dense"}
-    assert "no kernel on GPUs rounds activations" in report.explanation["down"].reason
+    decision, reason = _told("sparse", COMPRESSED, net.down.weight.layout_of_arrays, "cuda:0")
+    assert decision == "dense"
+    assert "values as int8/32, activations rounded to int8; no kernel on GPUs rounds activations" in reason
 
 
 @pytest.mark.parametrize("values", ["int8", "int4"])
