@@ -83,7 +83,7 @@ def compile_kernel(source: str, name: str, target: Target) -> MachineCode:
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resources of {name}: {usage}")
     asm = compiled.asm
-    return MachineCode(asm["ttir"], asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
+    return MachineCode(asm.get("ttir", asm["ttgir"]), asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
 
 
 @contextmanager
