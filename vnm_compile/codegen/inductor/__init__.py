@@ -17,6 +17,7 @@ from vnm_compile.codegen.inductor.cpp import (
 )
 from vnm_compile.codegen.inductor.device import device_patches, forget_device_answers, template_name, watch_codegen
 from vnm_compile.codegen.inductor.epilogue import FusingTemplate, reindexer, view_in_2d
+from vnm_compile.codegen.inductor.gluon import GluonTemplate
 from vnm_compile.codegen.inductor.native import load_cpp
 from vnm_compile.codegen.inductor.nodes import (
     TritonTemplate,
@@ -42,6 +43,7 @@ from vnm_compile.codegen.inductor.registry import Kernels, has_lowering, prepack
 __all__ = [
     "CppTemplateKernel",
     "FusingTemplate",
+    "GluonTemplate",
     "Kernels",
     "TritonTemplate",
     "V",

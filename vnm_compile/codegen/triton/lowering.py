@@ -32,6 +32,7 @@ from vnm_compile.codegen.inductor import (
     tunes_exhaustively,
 )
 from vnm_compile.codegen.random_arrays import random_packed
+from vnm_compile.codegen.triton import sparse_cores
 from vnm_compile.codegen.triton.configs import (
     Config,
     Shape,
@@ -42,10 +43,12 @@ from vnm_compile.codegen.triton.configs import (
     vector_configurations,
 )
 from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
+from vnm_compile.codegen.triton.sparse_configs import SparseConfig, of_both_kinds, two_sparse_passes
 from vnm_compile.codegen.triton.templates import (
     gated_template,
     gated_vector_template,
     linear_template,
+    sparse_cores_template,
     vector_template,
 )
 from vnm_compile.codegen.virtual_device import device_target
@@ -122,6 +125,11 @@ class _Sparse:
         """Whether there is one token, and a kernel without tensor cores for the values."""
         return self.permutes_bytes and known_equal(self.tokens, 1)
 
+    @functools.cached_property
+    def has_sparse_cores(self) -> bool:
+        """Whether sparse tensor cores may multiply."""
+        return sparse_cores.may_multiply(self.dtype, self.spec, self.arrays, self.target)
+
     def linear(self) -> Any:
         """Node of the product, `[tokens, out_features]`; None where no configuration fits the device."""
         if self.is_vector:
@@ -138,7 +146,7 @@ class _Sparse:
         ranked = self._ranked(gated=True)
         if not ranked:
             return None
-        if ranked[0].splits == 1 and not two_passes(self._shape(gated=True), self.target):
+        if ranked[0].splits == 1 and not self._takes_two_passes():
             return self._call(gated_template(activation), ranked, self.layout.out_features)
         # Gate and up are one weight of twice the rows here.
         ranked = self._ranked(gated=False, rows=2 * self.layout.rows)
@@ -149,6 +157,10 @@ class _Sparse:
         up = apply(aten.slice.Tensor, both, 1, self.layout.rows, self.layout.rows + self.layout.out_features)
         product = apply(aten.mul.Tensor, apply_function(ACTIVATIONS[activation].eager, gate), up)
         return self._cast(product)
+
+    def _takes_two_passes(self) -> bool:
+        shape = self._shape(gated=True)
+        return two_passes(shape, self.target) or (self.has_sparse_cores and two_sparse_passes(shape, self.target))
 
     def _cast(self, node: Any) -> Any:
         if node.get_dtype() == self.dtype:
@@ -166,7 +178,9 @@ class _Sparse:
     def _ranked(self, gated: bool, rows: int | None = None) -> list[Config]:
         shape = self._shape(gated, rows)
         ranked = configurations(shape, self.target)
-        kept = ranked[: _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED]
+        most = _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED
+        both = self.has_sparse_cores and not gated
+        kept = of_both_kinds(ranked, shape, self.target, most) if both else ranked[:most]
         log.debug("%s on %s: %s", shape, self.target.name, kept)
         return kept
 
@@ -184,7 +198,8 @@ class _Sparse:
         choices: list[Any] = []
         errors: list[Exception] = []
         for config in ranked:
-            error = template.maybe_append_choice(
+            of_config = sparse_cores_template() if isinstance(config, SparseConfig) else template
+            error = of_config.maybe_append_choice(
                 choices,
                 input_nodes=tuple(inputs),
                 layout=layout,
@@ -195,7 +210,7 @@ class _Sparse:
                 **self._constants(config, columns, inputs),
             )
             if error is not None:
-                log.warning("%s with %s: %s", template.name, config, error)
+                log.warning("%s with %s: %s", of_config.name, config, error)
                 errors.append(error)
         if not choices:
             raise errors[0]
@@ -207,7 +222,7 @@ class _Sparse:
         split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
         word = {1: "tl.int16", 2: "tl.int32"}[spec.n] if half else None
         empty_round = has_empty_round(config, self._shape(gated=False))
-        return {
+        told = {
             "V": spec.v,
             "N": spec.n,
             "M": spec.m,
@@ -237,6 +252,7 @@ class _Sparse:
             "PERMUTE_BYTES": self.permutes_bytes,
             "ALLOW_TF32": allows_tf32(),
         }
+        return told | sparse_cores.constants(config, told, spec) if isinstance(config, SparseConfig) else told
 
     def _random_arrays(self) -> dict[int, Any]:
         """Valid random arrays to measure on: random columns would lie outside of the activations."""

@@ -1,0 +1,39 @@
+"""Products on sparse tensor cores: when they may be used, and what their template is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
+from vnm_compile.codegen.triton.sparse_configs import SparseConfig
+from vnm_compile.hardware import Target
+from vnm_compile.spec import Spec
+
+
+def may_multiply(dtype: torch.dtype, spec: Spec, arrays: Sequence[Any], target: Target) -> bool:
+    """Whether a device's sparse tensor cores may multiply by a weight.
+
+    Two of four 16-bit values are what they take. Of tf32 they take one of two: a row may keep both. Its rows begin at
+    whole loads, which is how arrays are prepared.
+    """
+    aligned = all(int(each.get_stride()[0]) * each.get_dtype().itemsize % WIDEST_LOAD == 0 for each in arrays[:2])
+    return bool(target.sparse_flops) and dtype.itemsize == 2 and spec.n == 2 and aligned
+
+
+def constants(config: SparseConfig, others: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """What the template is told besides, and instead of, what the others are: strides and widths of values are counted
+    in elements, those of metadata in quads of groups."""
+    # A thread's share of a tile's metadata, 4 to 16 bytes.
+    share = config.block_o * config.block_g // 4 // (32 * config.warps)
+    return {
+        "WARPS_O": config.warps_o,
+        "WARPS_T": config.warps_t,
+        "STAGES": config.stages,
+        "METADATA_COPY": max(2, min(8, config.block_g // 4, share)),
+        "VALUES_STRIDE": others["VALUES_STRIDE"] * spec.n,
+        "VALUES_WIDTH": others["VALUES_WIDTH"] * spec.n,
+        "DTYPE": others["DTYPE"].replace("tl.", "gl."),
+    }
