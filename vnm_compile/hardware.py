@@ -69,8 +69,8 @@ class Target:
 
     @property
     def sparse_flops(self) -> float:
-        """Peak of fp16 and bf16 on sparse tensor cores, zeros counted, flop/s: twice the dense one where a warp's products
-        (mma.sp) reach it, as NVIDIA's data sheets and whitepapers of Ampere, Ada and consumer Blackwell have it; else 0."""
+        """Peak of fp16 and bf16 on sparse tensor cores, zeros counted, flop/s: twice the dense one where a warp's
+        products (mma.sp) reach it, as the sources of Ampere, Ada and consumer Blackwell have it; else 0."""
         return 2 * self.half_flops if self.backend == "cuda" and self.capability[0] in (8, 12) else 0.0
 
     def peak_flops(self, dtype: torch.dtype, tf32: bool = False) -> float:

@@ -147,7 +147,9 @@ class Machine:
             self.undefined = lost if before is None else before | lost
         return value
 
-    def write_halves(self, operand: Operand, value: np.ndarray, lower: np.ndarray | None, upper: np.ndarray | None) -> None:
+    def write_halves(
+        self, operand: Operand, value: np.ndarray, lower: np.ndarray | None, upper: np.ndarray | None
+    ) -> None:
         """Write to a register what was put together of two halves; in which threads each was not written before."""
         self.undefined = lower if upper is None else upper if lower is None else lower | upper
         self.write(operand, value)

@@ -1,29 +1,26 @@
-"""Templates in Gluon, Triton's language with explicit layouts: Inductor writes around them what it writes around others.
+"""Templates in Gluon, Triton's language with explicit layouts: Inductor writes around them what it writes elsewhere.
 
-What Inductor writes is Triton. Gluon takes it but for a few words: a constant has a layout there (or is a scalar), and a
-scalar is not broadcast to a block by `tl.broadcast_to`.
+What Inductor writes is Triton. Gluon takes it but for a few words: a constant has a layout there (or is a scalar), a
+scalar is not broadcast to a block by `tl.broadcast_to`, and no block of one element is added to others, as
+`triton_helpers.maximum` does to find out about a dtype. `gluon_header.py` has the words in their place.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch._inductor.select_algorithm import TritonTemplate, TritonTemplateKernel
-
-_IMPORTS = """
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from vnm_compile.codegen.gluon import begin_copy, barrier, spread
-"""
 
 _WORDS = (
     (re.compile(r"@triton\.jit\b"), "@gluon.jit"),
     (re.compile(r"\btl\.full\(\[1(?:, 1)*\], "), "gl.full([], "),
     (re.compile(r"\btl\.full\("), "gl.full("),
     (re.compile(r"\btl\.broadcast_to\("), "spread("),
+    (re.compile(r"\btriton_helpers\.(maximum|minimum)\("), r"\1("),
 )
 
 
@@ -31,9 +28,9 @@ class GluonTemplateKernel(TritonTemplateKernel):
     """A kernel of a template in Gluon."""
 
     @classmethod
-    def gen_common_triton_imports(cls) -> str:
+    def gen_common_triton_imports(cls) -> str:  # type: ignore[override]
         """What the file of a kernel begins with."""
-        return super().gen_common_triton_imports() + _IMPORTS
+        return super().gen_common_triton_imports() + _header()
 
     def size(self, name: str | None, index: int) -> str:
         """A size of an input, for the template."""
@@ -47,6 +44,12 @@ class GluonTemplate(TritonTemplate):
     """A template in Gluon."""
 
     kernel_type = GluonTemplateKernel
+
+
+@functools.cache
+def _header() -> str:
+    """The text of `gluon_header.py` behind its docstring."""
+    return Path(__file__).with_name("gluon_header.py").read_text().split('"""', 2)[2]
 
 
 def _in_gluon(text: str) -> str:

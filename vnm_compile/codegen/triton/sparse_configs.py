@@ -1,7 +1,7 @@
 """Tiles for sparse tensor cores: those that fit, the most promising first.
 
-As `configs` does for the other kernels. Nothing here was timed: the estimate takes its constants from there, and counts of
-instructions from compiled code.
+As `configs` does for the other kernels. Nothing here was timed: the estimate takes its constants from there, and counts
+of instructions from compiled code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ACCUMULATORS = (4, 64)
 _STAGES = (2, 3, 4, 5)
 _SHARED_BYTES_A_CYCLE = 128
 _INSTRUCTIONS, _COPY = 25, 11
-"""Instructions of a warp in a step besides products: fixed, and for each 16 bytes that a thread copies. Of machine code."""
+"""Instructions of a warp in a step besides products: fixed, and for each 16 bytes a thread copies (of machine code)."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,12 @@ def of_both_kinds(ranked: list[Config], shape: Shape, target: Target, most: int)
 
     Where there is a device the first of both are timed, `most` of the better and half as many of the other.
     """
-    sparse: list[Config] = [*sparse_configurations(shape, target)]
+    sparse = sparse_configurations(shape, target)
     if not (sparse and ranked):
-        return (sparse or ranked)[:most]
+        return [*sparse, *ranked][:most]
     faster = sparse_seconds(sparse[0], shape, target) <= configs.seconds(ranked[0], shape, target)
-    better, other = (sparse, ranked) if faster else (ranked, sparse)
+    better: list[Config] = [*(sparse if faster else ranked)]
+    other: list[Config] = [*(ranked if faster else sparse)]
     other = [config for config in other if config.splits == better[0].splits]
     return [*better[:most], *other[: most // 2]]
 
@@ -116,8 +117,7 @@ def _fits(config: SparseConfig, shape: Shape, target: Target) -> bool:
         and config.block_t >= 8 * config.warps_t
         and config.block_t <= 2 * max(16, shape.tokens)
         and _ACCUMULATORS[0] <= config.block_o * config.block_t // threads <= _ACCUMULATORS[1]
-        # No more tiles on their way than there are; a ring of two where there is one.
-        and config.stages <= max(2, rounds + 1)
+        and config.stages <= rounds + 2  # as many tiles on their way as there are, and one
         # A thread's share of the metadata is 4 bytes at least, the narrowest that can be copied asynchronously.
         and config.block_o * config.block_g * shape.spec.n // 4 >= 4 * 32
         and config.shared_bytes(shape) <= target.shared_bytes
@@ -141,7 +141,8 @@ def sparse_seconds(config: SparseConfig, shape: Shape, target: Target) -> float:
     )
     resident = max(1, resident)
     rounds = (-(-share // resident) + max(1.0, share / resident)) / 2  # the last is as short as it is empty
-    steps = -(-(-(-shape.groups // config.splits)) // config.block_g)
+    groups = -(-shape.groups // config.splits)
+    steps = -(-groups // config.block_g)
     terms = KEPT_COLUMNS * config.block_g
     rate = target.sparse_flops / target.multiprocessors / target.clock
     multiply = 2 * config.block_o * config.block_t * terms / rate

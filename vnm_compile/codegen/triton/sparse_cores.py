@@ -7,10 +7,17 @@ from typing import Any
 
 import torch
 
+from vnm_compile.codegen.inductor import graph_has
 from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
 from vnm_compile.codegen.triton.sparse_configs import SparseConfig
 from vnm_compile.hardware import Target
 from vnm_compile.spec import Spec
+
+SMALLEST = SparseConfig(block_o=16, block_t=16, block_g=16, warps=1, stages=2)
+"""The configuration that every problem and device can run."""
+
+_NOT_FUSED = (torch.ops.aten.bucketize, torch.ops.aten.searchsorted)
+"""What Inductor would fuse into a kernel, and Gluon does not compile."""
 
 
 def may_multiply(dtype: torch.dtype, spec: Spec, arrays: Sequence[Any], target: Target) -> bool:
@@ -19,6 +26,8 @@ def may_multiply(dtype: torch.dtype, spec: Spec, arrays: Sequence[Any], target: 
     Two of four 16-bit values are what they take. Of tf32 they take one of two: a row may keep both. Its rows begin at
     whole loads, which is how arrays are prepared.
     """
+    if graph_has(*_NOT_FUSED):
+        return False
     aligned = all(int(each.get_stride()[0]) * each.get_dtype().itemsize % WIDEST_LOAD == 0 for each in arrays[:2])
     return bool(target.sparse_flops) and dtype.itemsize == 2 and spec.n == 2 and aligned
 
