@@ -90,12 +90,13 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _SPLITS = (256, 96, 96)  # rows of joined linears, each a multiple of V
 
 
-def _sparse(name: str, spec: str, tokens: int, out_features: int, in_features: int, dtype: torch.dtype, config: Any = None,
-            targets: Sequence[str] = ("sm_80", "sm_120"), **others: Any) -> Case:  # fmt: skip
+def _sparse(
+    name: str, spec: str, tokens: int, out_features: int, in_features: int, dtype: torch.dtype,
+    config: Sequence[int] = (), targets: tuple[str, ...] = ("sm_80", "sm_120"), **others: Any,
+) -> Case:  # fmt: skip
     """A case for sparse tensor cores; `config` as rows, tokens, groups, warps, stages, splits, warps along rows."""
-    chosen = SparseConfig(*config) if config else None
-    name = f"sparse cores, {name}"
-    return Case(name, spec, tokens, out_features, in_features, dtype, config=chosen, targets=tuple(targets), sparse=True, **others)
+    others |= {"config": SparseConfig(*config) if config else None, "targets": targets, "sparse": True}
+    return Case(f"sparse cores, {name}", spec, tokens, out_features, in_features, dtype, **others)
 
 
 SPARSE = (

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from tests.codegen.triton.cases import arrays, case, expect
 from vnm_compile.codegen.generate import generate
+from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.codegen.virtual_device import virtual_device
 from vnm_compile.format import unpack
 from vnm_compile.hardware import find_target
@@ -53,6 +54,7 @@ GOLDEN = [
     Golden("few_tokens_add", "sm_90", "64:2:8", 5, 128, 512, torch.bfloat16, add_residual),
     Golden("prefill_gelu", "sm_90", "128:2:16", 300, 256, 512, torch.bfloat16, gelu),
     Golden("tails_gelu", "sm_80", "32:2:5", 33, 100, 333, torch.float16, gelu),
+    Golden("sparse_cores_gelu", "sm_80", "64:2:8", 200, 128, 1000, torch.bfloat16, gelu),
     Golden("one_kept_scale", "sm_89", "64:1:8", 20, 64, 256, torch.float32, scale),
     Golden("shifted_add", "gfx942", "64:2:8", 40, 128, 256, torch.float16, add_residual),
 ]
@@ -63,6 +65,7 @@ MULTIPLIES = {
     "prefill_gelu": "HGMMA",
     "gated_silu": "HGMMA",
     "tails_gelu": "HMMA",
+    "sparse_cores_gelu": "HMMA.SP",
     "one_kept_scale": "FFMA",  # fp32 without TF32, torch's default, has no tensor core
     "shifted_add": "v_mfma",
 }
@@ -70,7 +73,8 @@ MULTIPLIES = {
 
 
 def kernel_text(source: str) -> str:
-    return source[source.index("@triton.jit") :].strip() + "\n"
+    """From the kernel on; of one in Gluon the helpers before it, too."""
+    return source[source.index("@gluon.jit" if "@gluon.jit" in source else "@triton.jit") :].strip() + "\n"
 
 
 def multiply(name: str, spec: Spec, out_features: int, in_features: int) -> Callable[..., Any]:
@@ -93,7 +97,7 @@ def test_linear(golden, interpreter, each):
     def graph(x: Any, values: Any, metadata: Any, columns: Any, bias: Any, residual: Any) -> Any:
         return each.epilogue(linear(x, (values, metadata, columns)), bias, residual)
 
-    inputs = [x, *packed, bias, residual]
+    inputs = [x, *AlignedRows().prepare(packed), bias, residual]
     generated = generate(graph, inputs, each.target, static=(1, 2, 3, 4))
     check(golden, each.name, each.target, generated)
     exact = each.epilogue(F.linear(x.double(), weight.double()), bias.double(), residual.double())
