@@ -105,7 +105,7 @@ SPARSE = (
     _sparse("small groups", "16:2:4", 17, 80, 136, _BF16),
     _sparse("wide columns", "16:2:300", 5, 40, 1500, _FP16, targets=("sm_86", "sm_89")),
     _sparse("many tokens", "128:2:16", 130, 128, 512, _FP16),
-    _sparse("on Hopper", "64:2:8", 100, 128, 520, _BF16, (64, 64, 16, 4, 4, 1, 2), ("sm_90",)),
+    _sparse("wgmma left alone", "64:2:8", 100, 128, 520, _BF16, (64, 64, 16, 4, 4, 1, 2), ("sm_90",)),
     _sparse("large tile", "128:2:16", 150, 256, 1100, _BF16, (128, 128, 16, 8, 3, 1, 2), ("sm_80", "sm_89")),
     _sparse("two groups a product", "64:2:8", 50, 100, 1100, _FP16, (64, 64, 32, 4, 3, 1, 4)),
     _sparse("ring of two", "32:2:8", 50, 96, 1024, _BF16, (32, 64, 16, 2, 2, 1, 1)),
@@ -172,7 +172,10 @@ CASES = (
     Case("any number, many", "64:2:8", 101, 96, 136, _FP16, hint=70),
     *SPARSE,
 )
-HUNTED = ("small groups", "many tokens", "tf32", "one token, tails", "gated", "gated, one token", "block")
+HUNTED = (
+    "small groups", "many tokens", "tf32", "one token, tails", "gated", "gated, one token", "block",
+    "sparse cores, odd groups", "sparse cores, two groups a product",
+)  # fmt: skip
 """Cases that mutants are planted in, for the targets that differ most."""
 BY_NAME = {case.name: case for case in CASES}
 

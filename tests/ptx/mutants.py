@@ -85,6 +85,8 @@ def _changes(each: Instruction) -> Iterator[tuple[str, str]]:
     if name.startswith(("ldmatrix", "stmatrix")):
         turned = name.replace(".trans", "") if ".trans" in name else name.replace(".shared", ".trans.shared")
         yield "matrix turned", f"{guard}{turned} {body}"
+    if name.startswith("mma.sp"):
+        yield "wrong lane", with_operands([*operands[:5], str(1 - int(operands[5], 0))])  # whose metadata is meant
     if name.startswith("shfl.sync") and operands[2].isdigit():
         yield "wrong lane", with_operands([*operands[:2], str(int(operands[2]) * 2 % 32 or 1), *operands[3:]])
 
@@ -148,7 +150,7 @@ def _swapped(name: str, operands: list[str]) -> Iterator[list[str]]:
 
 def _reordered(name: str, operands: list[str]) -> Iterator[list[str]]:
     """The first two registers of a fragment or a vector exchanged; of mma, of each fragment."""
-    chosen = {"mma.sync": (1, 2, 3), "ldmatrix": (0,), "stmatrix": (1,), "wgmma.mma_async": (1,)}
+    chosen = {"mma.sync": (1, 2, 3), "mma.sp": (1, 2, 3), "ldmatrix": (0,), "stmatrix": (1,), "wgmma.mma_async": (1,)}
     places = next((each for start, each in chosen.items() if name.startswith(start)), ())
     if re.match(r"ld\.(shared|global).*\.v\d", name):
         places = (0,)

@@ -115,6 +115,18 @@ def test_a_warp_multiplies_matrices():
     assert (result.view(np.float32).reshape(16, 8) == expected).all()
 
 
+def test_half_a_register_may_be_undefined_where_it_is_dropped():
+    """LLVM puts words together of a half that it needs and one that nobody has written."""
+    given = words()
+    halves = "ld.global.b32 %r2, [%rd2]; mov.b32 {%rs1, %rs2}, %r2; mov.b32 %r3, {%rs8, %rs1};"
+    body = halves + "{use} st.global.b32 [%rd3], %r4;"
+    result, _ = execute(body.replace("{use}", "shr.u32 %r4, %r3, 16;"), given)
+    assert (result == given & 0xFFFF).all()
+    for use in ("shr.u32 %r4, %r3, 15;", "mov.b32 %r4, %r3;", "mov.b32 %r3, {%rs1, %rs8}; shr.u32 %r4, %r3, 16;"):
+        with pytest.raises(PTXError, match="used before it is written"):
+            execute(body.replace("{use}", use), given)
+
+
 @pytest.mark.parametrize("selector", [0, 1])
 def test_sparse_values_are_put_where_their_metadata_says(selector):
     """mma.sp: two of every four columns; row g + 8 in the upper half of a word of thread 2s or 2s + 1 of four."""
