@@ -44,13 +44,15 @@ class Layer(nn.Module):
 
 def inspected(spec: str, tokens: int, target: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     x = torch.randn(tokens, 1024, dtype=dtype)
-    (kernel,) = vnm.inspect(Layer(1024, spec, dtype).eval(), x, x, target=target).sparse
-    return kernel
+    report = vnm.inspect(Layer(1024, spec, dtype).eval(), x, x, target=target)
+    return next((kernel for kernel in report.sparse if kernel.template), None)
 
 
 @pytest.mark.parametrize("target", with_slow(HAVE, quick=("sm_86",)))
 @pytest.mark.parametrize("tokens", [16, 2048])
-@pytest.mark.parametrize("spec", with_slow(["64:2:8", "128:2:16", "32:2:5", "16:2:4"], quick=["64:2:8"]))
+@pytest.mark.parametrize(
+    "spec", with_slow(["64:2:8", "128:2:16", "32:2:5", "16:2:4", "64:1:8"], quick=["64:2:8", "64:1:8"])
+)
 def test_chosen_without_spills(spec, tokens, target):
     kernel = inspected(spec, tokens, target)
     assert kernel.template == "vnm_sparse_cores"
@@ -58,15 +60,15 @@ def test_chosen_without_spills(spec, tokens, target):
     assert kernel.spills == 0
     assert kernel.loop.sparse == kernel.loop.tensor_core > 0
     assert any(name.startswith("HMMA.SP") for name in kernel.loop.names)
-    assert min(kernel.loop.loads) >= 4
+    assert min(kernel.loop.loads) >= (4 if spec != "64:1:8" else 2)  # where N = 1, two kept columns at a time
     assert kernel.shared_bytes <= TARGETS[target].shared_bytes
     assert kernel.to_dict()["hot_loop"]["sparse"] == kernel.loop.sparse
 
 
 def test_roofline_is_that_of_sparse_tensor_cores():
     target = TARGETS["sm_80"]
-    sparse, dense = inspected("64:2:8", 2048, "sm_80"), inspected("64:1:8", 2048, "sm_80")
-    assert (sparse.peak_flops, dense.peak_flops) == (624e12, 312e12)
+    sparse, dense = inspected("64:2:8", 2048, "sm_80"), inspected("64:2:8", 2048, "sm_90")
+    assert (sparse.peak_flops, dense.peak_flops) == (624e12, 989e12)
     assert sparse.flops == dense.flops, "zeros are counted, as their rate counts them"
     moved = sparse.at_tokens(sparse.bytes_moved) / target.bandwidth
     assert sparse.roofline_seconds == pytest.approx(max(moved, sparse.at_tokens(sparse.flops) / 624e12))
@@ -76,13 +78,14 @@ def test_roofline_is_that_of_sparse_tensor_cores():
     ("spec", "tokens", "target", "dtype"),
     [
         ("64:2:8", 64, "sm_90", torch.bfloat16),  # wgmma is faster there
-        ("64:1:8", 64, "sm_80", torch.bfloat16),
+        ("8:2:8", 64, "sm_80", torch.bfloat16),  # no 16 rows share columns
         ("64:2:8", 64, "sm_80", torch.float32),
         ("64:2:8", 1, "sm_80", torch.bfloat16),  # read as it lies
     ],
 )
 def test_not_chosen(spec, tokens, target, dtype):
-    assert inspected(spec, tokens, target, dtype).template != "vnm_sparse_cores"
+    kernel = inspected(spec, tokens, target, dtype)
+    assert kernel is None or kernel.template != "vnm_sparse_cores"
 
 
 def generated_with(fused: Any, *extra: Any, target: str = "sm_80") -> GeneratedKernel:
@@ -174,7 +177,7 @@ def test_arrays_that_are_not_prepared_go_to_other_tensor_cores():
 
 @pytest.mark.parametrize("target", HAVE)
 def test_every_problem_has_a_configuration(target):
-    for spec in ("16:2:8", "48:2:5", "64:2:8", "128:2:32"):
+    for spec in ("16:2:8", "48:2:5", "64:2:8", "128:2:32", "16:1:8"):
         for tokens in (2, 16, 100, 4096):
             for groups in (1, 16, 24, 512):
                 problem = Shape(tokens, 1024, groups, Spec.parse(spec), torch.bfloat16)

@@ -18,8 +18,9 @@ _ACCUMULATORS = (4, 64)
 """Of a thread: a fragment at least; with twice as many as the most an epilogue was seen to spill."""
 _STAGES = (2, 3, 4, 5)
 _SHARED_BYTES_A_CYCLE = 128
-_INSTRUCTIONS, _COPY = 25, 11
-"""Instructions of a warp in a step besides products: fixed, and for each 16 bytes a thread copies (of machine code)."""
+_INSTRUCTIONS, _COPY, _DIVIDE = 25, 11, 10
+"""Of machine code, instructions of a warp in a step besides products: fixed; for each 16 bytes that a thread copies; for
+each word of two values that takes part in two products (N = 1)."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def sparse_seconds(config: SparseConfig, shape: Shape, target: Target) -> float:
     fragments = config.block_o * config.warps_t // 2 + config.block_t * config.warps_o  # elements of a term
     shared = (fragments * terms * shape.dtype.itemsize + config.tile_bytes(shape)) / _SHARED_BYTES_A_CYCLE
     around = config.warps * (_INSTRUCTIONS + _COPY * config.copies(shape)) * 32 / configs._LANES
+    if shape.spec.n == 1:
+        around += _DIVIDE * config.block_o * config.block_g // 2 * config.warps_t / configs._LANES
     read = config.tile_bytes(shape) / target.cache_bytes
     latency = configs._STEP_CYCLES.get(config.stages - 1, configs._STEP_CYCLES_DEEP)
     step = max(resident * read, resident * (max(multiply, shared) + around) + latency)

@@ -23,26 +23,29 @@ _NOT_FUSED = (torch.ops.aten.bucketize, torch.ops.aten.searchsorted)
 def may_multiply(dtype: torch.dtype, spec: Spec, arrays: Sequence[Any], target: Target) -> bool:
     """Whether a device's sparse tensor cores may multiply by a weight.
 
-    Two of four 16-bit values are what they take. Of tf32 they take one of two: a row may keep both. Its rows begin at
-    whole loads, which is how arrays are prepared.
+    Two of four 16-bit values are what they take; one of four has its place in one of two products. Of tf32 they take one
+    of two: a row may keep both. Rows begin at whole loads, which is how arrays are prepared.
     """
     if graph_has(*_NOT_FUSED):
         return False
     aligned = all(int(each.get_stride()[0]) * each.get_dtype().itemsize % WIDEST_LOAD == 0 for each in arrays[:2])
-    return bool(target.sparse_flops) and dtype.itemsize == 2 and spec.n == 2 and aligned
+    return bool(target.sparse_flops) and dtype.itemsize == 2 and aligned
 
 
 def constants(config: SparseConfig, others: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """What the template is told besides, and instead of, what the others are: strides and widths of values are counted
-    in elements, those of metadata in quads of groups."""
-    # A thread's share of a tile's metadata, 4 to 16 bytes.
-    share = config.block_o * config.block_g // 4 // (32 * config.warps)
+    in elements, those of metadata in 16 bits."""
+    # Of 16 bits each: metadata of a row, and a thread's share of a tile's; it copies 4 to 16 bytes.
+    row = config.block_g * spec.n // 8
+    share = config.block_o * row // (32 * config.warps)
     return {
         "WARPS_O": config.warps_o,
         "WARPS_T": config.warps_t,
         "STAGES": config.stages,
-        "METADATA_COPY": max(2, min(8, config.block_g // 4, share)),
+        "METADATA_COPY": max(2, min(8, row, share)),
         "VALUES_STRIDE": others["VALUES_STRIDE"] * spec.n,
         "VALUES_WIDTH": others["VALUES_WIDTH"] * spec.n,
+        "METADATA_STRIDE": others["METADATA_STRIDE"] * spec.n // 2,
+        "METADATA_WIDTH": others["METADATA_WIDTH"] * spec.n // 2,
         "DTYPE": others["DTYPE"].replace("tl.", "gl."),
     }
