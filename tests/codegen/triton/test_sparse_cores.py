@@ -28,6 +28,7 @@ from vnm_compile.ops import linear
 from vnm_compile.spec import Spec
 
 HAVE = ("sm_80", "sm_86", "sm_89", "sm_120")
+SPECS = ["64:2:8", "64:1:8", "128:2:16", "32:2:5", "16:2:4"]
 LAYOUT = Layout(Spec(64, 2, 8), 64, 256)
 
 
@@ -50,9 +51,7 @@ def inspected(spec: str, tokens: int, target: str, dtype: torch.dtype = torch.bf
 
 @pytest.mark.parametrize("target", with_slow(HAVE, quick=("sm_86",)))
 @pytest.mark.parametrize("tokens", [16, 2048])
-@pytest.mark.parametrize(
-    "spec", with_slow(["64:2:8", "128:2:16", "32:2:5", "16:2:4", "64:1:8"], quick=["64:2:8", "64:1:8"])
-)
+@pytest.mark.parametrize("spec", with_slow(SPECS, quick=SPECS[:2]))
 def test_chosen_without_spills(spec, tokens, target):
     kernel = inspected(spec, tokens, target)
     assert kernel.template == "vnm_sparse_cores"

@@ -109,21 +109,24 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     WARPS: gl.constexpr = WARPS_O * WARPS_T
     X_THREADS: gl.constexpr = min(BLOCK_T // 8, 32)
     x_copy: gl.constexpr = gl.BlockedLayout([4, 8], [32 // X_THREADS, X_THREADS], [WARPS, 1], [1, 0])
-    values_copy: gl.constexpr = gl.BlockedLayout([1, 8], [128 // BLOCK_G, BLOCK_G // 4], [WARPS, 1], [1, 0])
-    metadata_copy: gl.constexpr = gl.BlockedLayout([1, METADATA_COPY], [32 * METADATA_COPY // (BLOCK_G // 4), BLOCK_G // 4 // METADATA_COPY], [WARPS, 1], [1, 0])
+    WIDTH: gl.constexpr = N * BLOCK_G  # values of a row
+    QUADS: gl.constexpr = WIDTH // 8  # of a row: 16 bits of metadata, for 8 values
+    values_copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
+    QUAD_THREADS: gl.constexpr = QUADS // METADATA_COPY
+    metadata_copy: gl.constexpr = gl.BlockedLayout([1, METADATA_COPY], [32 // QUAD_THREADS, QUAD_THREADS], [WARPS, 1], [1, 0])
     # Chunks of 16 bytes are swizzled, so that what ldmatrix reads at once lies in different banks.
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 4 * BLOCK_G, BLOCK_T], swizzled(2 * BLOCK_T))
-    values_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_O, 2 * BLOCK_G], swizzled(4 * BLOCK_G))
-    metadata_ring = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_O, BLOCK_G // 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    values_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_O, WIDTH], swizzled(2 * WIDTH))
+    metadata_ring = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_O, QUADS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
     term = gl.arange(0, 4 * BLOCK_G, layout=gl.SliceLayout(1, x_copy))
     tokens = tile_t * BLOCK_T + gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, x_copy))
     columns = COLUMNS + tile_o * BLOCK_O // V * G * 4
     rows = tile_o * BLOCK_O + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, values_copy))
-    value = gl.arange(0, 2 * BLOCK_G, layout=gl.SliceLayout(0, values_copy))
+    value = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, values_copy))
     values = VALUES + rows[:, None] * VALUES_STRIDE + value[None, :]
     rows = tile_o * BLOCK_O + gl.arange(0, BLOCK_O, layout=gl.SliceLayout(1, metadata_copy))
-    quad = gl.arange(0, BLOCK_G // 4, layout=gl.SliceLayout(0, metadata_copy))
+    quad = gl.arange(0, QUADS, layout=gl.SliceLayout(0, metadata_copy))
     metadata = METADATA.to(gl.pointer_type(gl.int16), bitcast=True) + rows[:, None] * METADATA_STRIDE + quad[None, :]
 
     column = kept_columns(columns, term, begin, G, M)
@@ -184,7 +187,8 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
 def kept_columns(columns, term, group, groups: gl.constexpr, M: gl.constexpr):
     """The features that the kept columns of BLOCK_G groups stand for."""
     of_group = group + term // 4
-    offset = gl.load(columns + group * 4 + term, mask=of_group < groups, other=0)
+    place = group * 4 + term
+    offset = gl.load(columns + place, mask=of_group < groups, other=0)
     return of_group * M + offset.to(gl.int32)
 
 
@@ -224,11 +228,11 @@ def multiply(acc, values, metadata, x, accumulators: gl.constexpr, BLOCK_O: gl.c
         a = values.slice(32 * chunk, 32, dim=1).load(of_values)
         a = gl.permute(gl.reshape(a, [BLOCK_O, 2, 2, 4, 2]), [0, 3, 2, 1, 4])
         first_a, second_a = gl.split(words(a))
+        e = indices(metadata.slice(4 * chunk, 4, dim=1), BLOCK_O, WARPS_O, WARPS_T)
         # [product, register / 2, register % 2, t, of a word, tokens / 8, g] to [register / 2, g, tokens / 8, t, register % 2, ...]
         b = x.slice(64 * chunk, 64, dim=0).load(of_x)
         b = gl.permute(gl.reshape(b, [2, 2, 2, 4, 2, BLOCK_T // 8, 8]), [1, 6, 5, 3, 2, 0, 4])
         first_b, second_b = gl.split(words(b))
-        e = indices(metadata.slice(4 * chunk, 4, dim=1), BLOCK_O, WARPS_O, WARPS_T)
         acc = gl.inline_asm_elementwise(
             """
             mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$8,$10,$9,$11}, {$16,$17,$18,$19}, {$4,$5,$6,$7}, $24, 0x0;
@@ -254,15 +258,21 @@ def words(pairs):
     return (low.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) | (high.to(gl.int16, bitcast=True).to(gl.int32) << 16)
 
 
+
 @gluon.jit
 def indices(metadata, BLOCK_O: gl.constexpr, WARPS_O: gl.constexpr, WARPS_T: gl.constexpr):
     """A lane's indices: [BLOCK_O / 16, g, t], of quad t of row g in the lower half, of row g + 8 in the upper."""
-    quads = metadata.load(of_metadata(BLOCK_O, WARPS_O, WARPS_T)).to(gl.int32)
-    low, high = gl.split(gl.permute(gl.reshape(quads, [BLOCK_O // 16, 2, 8, 4]), [0, 2, 3, 1]))
-    both = (low & 0xFFFF) | (high << 16)
+    both = of_two_rows(metadata.load(of_metadata(BLOCK_O, WARPS_O, WARPS_T)), BLOCK_O)
     # A group that is not there has the indices 0 and 0; tensor cores want them in order: 0 and 1.
     both = both | (~(both | (both >> 1)) & 0x44444444)
     return both
+
+
+@gluon.jit
+def of_two_rows(quads, BLOCK_O: gl.constexpr):
+    """Words [BLOCK_O / 16, g, t] of quads of 16 bits: row g's in the lower half, row g + 8's in the upper."""
+    low, high = gl.split(gl.permute(gl.reshape(quads.to(gl.int32), [BLOCK_O // 16, 2, 8, 4]), [0, 2, 3, 1]))
+    return (low & 0xFFFF) | (high << 16)
 
 
 # How an operand's words are spread over [BLOCK_O, BLOCK_T], so that a lane finds them beside its accumulators.
@@ -311,6 +321,7 @@ def swizzled(row_bytes):
 def steps(count, first, dim, rank):
     """Bases of `count` things in dimension `dim`, `first` apart."""
     return [[(first << i) * (d == dim) for d in range(rank)] for i in range(count.bit_length() - 1)]
+
 
 
 @gluon.constexpr_function

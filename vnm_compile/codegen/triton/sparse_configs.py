@@ -19,8 +19,8 @@ _ACCUMULATORS = (4, 64)
 _STAGES = (2, 3, 4, 5)
 _SHARED_BYTES_A_CYCLE = 128
 _INSTRUCTIONS, _COPY, _DIVIDE = 25, 11, 10
-"""Of machine code, instructions of a warp in a step besides products: fixed; for each 16 bytes that a thread copies; for
-each word of two values that takes part in two products (N = 1)."""
+"""Of machine code, instructions of a warp in a step besides products: fixed; for each 16 bytes that a thread copies;
+for each word of two values that takes part in two products (N = 1)."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ _NOT_FUSED = (torch.ops.aten.bucketize, torch.ops.aten.searchsorted)
 def may_multiply(dtype: torch.dtype, spec: Spec, arrays: Sequence[Any], target: Target) -> bool:
     """Whether a device's sparse tensor cores may multiply by a weight.
 
-    Two of four 16-bit values are what they take; one of four has its place in one of two products. Of tf32 they take one
-    of two: a row may keep both. Rows begin at whole loads, which is how arrays are prepared.
+    Two of four 16-bit values are what they take; one of four has its place in one of two products. Of tf32 they take
+    one of two: a row may keep both. Rows begin at whole loads, which is how arrays are prepared.
     """
     if graph_has(*_NOT_FUSED):
         return False
