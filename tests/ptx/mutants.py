@@ -12,7 +12,8 @@ run of the kernel as it is.
   only where it was false, or zero, in a thread.
 - One that writes registers does not count where its own run has accessed the same places of memory, stored the same
   there and taken the same branches: what it changed went nowhere.
-- A barrier is dropped only where shared memory was accessed since the last one, and again before the next.
+- A barrier is dropped only where shared memory was accessed since the last one, and again before the next; one of a
+  block only where two threads access one place right before and after it, and one of them writes (`ordering.py`).
 
 Of each kind as many are taken of a kernel as are asked for, spread evenly over it.
 """
@@ -216,6 +217,8 @@ def plant(program: Program, watched: Mapping[int, list[Watched]], ran: Ran, most
     """Of each kind at most so many that make a difference, spread over the kernel."""
     kinds: dict[str, list[Mutant]] = {}
     barriers = separating(program, ran.meetings)
+    of_blocks = {place for place in barriers if program.instructions[place].opcode == "bar.sync"}
+    barriers -= of_blocks - ran.ordering
     for place in sorted(watched):
         writes = re.match(r"cp\.async\.c[ag]|st\.shared|stmatrix", program.instructions[place].opcode)
         for each in watched[place]:
