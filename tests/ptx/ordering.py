@@ -1,9 +1,9 @@
 """Which barriers of blocks order accesses that nothing else does: those that a mutant leaves out.
 
 Told of every access of shared memory in a run, and of every barrier. A barrier is needed if a place is accessed right
-before it by one thread and right after it by another, and one of the two writes: no other barrier of the block is between.
-Asynchronous copies write when they begin and when somebody has waited for them. Where a program has barriers of warps
-they order a warp's threads, and only its warps are told apart here.
+before it by one thread and right after it by another, and one of the two writes: with no other barrier of the block
+between. Asynchronous copies write when they begin and when somebody has waited for them. Where a program has barriers
+of warps they order a warp's threads, and only its warps are told apart here.
 """
 
 from __future__ import annotations
