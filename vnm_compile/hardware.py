@@ -67,6 +67,12 @@ class Target:
         digits = self.arch.removeprefix("gfx")
         return int(digits[:-2]), int(digits[-2], 16)
 
+    @property
+    def sparse_flops(self) -> float:
+        """Peak of fp16 and bf16 on sparse tensor cores, zeros counted, flop/s: twice the dense one where a warp's
+        products (mma.sp) reach it, as the sources of Ampere, Ada and consumer Blackwell have it; else 0."""
+        return 2 * self.half_flops if self.backend == "cuda" and self.capability[0] in (8, 12) else 0.0
+
     def peak_flops(self, dtype: torch.dtype, tf32: bool = False) -> float:
         """Peak flop/s of a matrix product in `dtype`; fp32 goes to tensor cores only where tf32 is allowed."""
         if dtype in _HALF:

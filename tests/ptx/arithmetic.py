@@ -216,7 +216,9 @@ def float_divide(machine: Machine, result: Operand, a: Operand, b: Operand, kind
 @instruction(r"(?P<name>shl|shr)\.(?P<kind>[usb](?:16|32|64))")
 def shift(machine: Machine, result: Operand, a: Operand, by: Operand, name: str, kind: str) -> None:
     """By as many bits as there are or more: nothing is left but the sign."""
-    value, bits = machine.read_all(a, kind), 8 * kind_size(kind)
+    bits = 8 * kind_size(kind)
+    drops_half = name == "shr" and isinstance(by, Immediate) and 2 * by.bits >= bits
+    value = machine.read_upper(a, kind) if drops_half else machine.read_all(a, kind)
     amount = machine.read(by, "u32").astype(np.int64)
     fewer = np.minimum(amount, bits - 1).astype(value.dtype)
     moved = np.left_shift(value, fewer) if name == "shl" else np.right_shift(value, fewer)

@@ -18,9 +18,11 @@ from tests.support import assert_as_accurate_as_dense
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import Generated, generate
 from vnm_compile.codegen.random_arrays import random_packed
-from vnm_compile.codegen.triton import lowering
+from vnm_compile.codegen.triton import lowering, sparse_cores
 from vnm_compile.codegen.triton.configs import Config
-from vnm_compile.format import unpack
+from vnm_compile.codegen.triton.prepack import AlignedRows
+from vnm_compile.codegen.triton.sparse_configs import SparseConfig
+from vnm_compile.format import Packed, unpack
 from vnm_compile.layout import Layout
 from vnm_compile.ops import gated_linear, linear, sections
 from vnm_compile.quantization import Quantization
@@ -45,6 +47,7 @@ class Case:
         tf32: whether torch allows TF32.
         stored: how values are quantised, if they are.
         targets: that it is generated for.
+        sparse: whether sparse tensor cores multiply.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Case:
     tf32: bool = False
     stored: str | None = None
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_120")
+    sparse: bool = False
 
 
 @dataclass
@@ -89,6 +93,43 @@ class Built:
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 _SPLITS = (256, 96, 96)  # rows of joined linears, each a multiple of V
+
+
+def _sparse(
+    name: str, spec: str, tokens: int, out_features: int, in_features: int, dtype: torch.dtype,
+    config: Sequence[int] = (), targets: tuple[str, ...] = ("sm_80", "sm_120"), **others: Any,
+) -> Case:  # fmt: skip
+    """A case for sparse tensor cores; `config` as rows, tokens, groups, warps, stages, splits, warps along rows."""
+    others |= {"config": SparseConfig(*config) if config else None, "targets": targets, "sparse": True}
+    return Case(f"sparse cores, {name}", spec, tokens, out_features, in_features, dtype, **others)
+
+
+SPARSE = (
+    _sparse("tails", "64:2:8", 40, 200, 100, _BF16, targets=("sm_80", "sm_86", "sm_89", "sm_120")),
+    _sparse("odd groups", "32:2:5", 33, 100, 333, _FP16, targets=("sm_80", "sm_86", "sm_89", "sm_120")),
+    _sparse("small groups", "16:2:4", 17, 80, 136, _BF16),
+    _sparse("wide columns", "16:2:300", 5, 40, 1500, _FP16, targets=("sm_86", "sm_89")),
+    _sparse("many tokens", "128:2:16", 130, 128, 512, _FP16),
+    _sparse("wgmma left alone", "64:2:8", 100, 128, 520, _BF16, (64, 64, 16, 4, 4, 1, 2), ("sm_90",)),
+    _sparse("large tile", "128:2:16", 150, 256, 1100, _BF16, (128, 128, 16, 8, 3, 1, 2), ("sm_80", "sm_89")),
+    _sparse("two groups a product", "64:2:8", 50, 100, 1100, _FP16, (64, 64, 32, 4, 3, 1, 4)),
+    _sparse("ring of two", "32:2:8", 50, 96, 1024, _BF16, (32, 64, 16, 2, 2, 1, 1)),
+    _sparse("ring of five", "16:2:8", 20, 48, 1200, _FP16, (16, 32, 16, 4, 5, 1, 1)),
+    _sparse("warps along tokens", "16:2:8", 200, 48, 300, _FP16, (16, 128, 16, 4, 3, 1, 1)),
+    _sparse("one round", "64:2:8", 9, 64, 128, _BF16, (32, 16, 16, 2, 3, 1, 2)),
+    _sparse("split", "64:2:8", 3, 128, 4400, _BF16, (64, 16, 32, 4, 3, 4, 4)),
+    _sparse("split block", "64:2:8", 2, 96, 4100, _FP16, (32, 16, 16, 2, 4, 2, 2), kind="block"),
+    _sparse("block", "64:2:8", 70, 96, 126, _BF16, kind="block", targets=("sm_80", "sm_89")),
+    _sparse("one value", "64:1:8", 70, 100, 200, _FP16, targets=("sm_80", "sm_89")),
+    _sparse("one value, large tile", "64:1:8", 130, 128, 1024, _BF16, (64, 128, 32, 8, 3, 1, 2)),
+    _sparse("one value, odd groups", "32:1:5", 33, 100, 333, _BF16, (32, 32, 16, 4, 3, 1, 2)),
+    _sparse("one value, wide columns", "16:1:300", 5, 40, 1500, _FP16),
+    _sparse("gated", "64:2:8", 300, 128, 256, _BF16, (64, 64, 16, 2, 3, 1, 1), kind="silu"),
+    _sparse("joined", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined"),
+    _sparse("any number, few", "64:2:8", 17, 96, 136, _BF16, hint=4),
+    _sparse("any number, many", "64:2:8", 101, 96, 136, _FP16, hint=70),
+)
+"""On sparse tensor cores."""
 
 CASES = (
     # Tails of rows, columns and tokens, and of the groups of a quad.
@@ -161,6 +202,7 @@ CASES = (
     Case("int8, block", "64:2:8", 70, 96, 126, _BF16, kind="block", stored="int8/32"),
     Case("int4, joined", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined", stored="int4/32"),
     Case("int8, any number", "64:2:8", 17, 96, 136, _BF16, hint=4, stored="int8/64"),
+    *SPARSE,
 )  # fmt: skip
 HUNTED = (
     "small groups",
@@ -173,6 +215,8 @@ HUNTED = (
     "int8",
     "int4, one token, tails",
     "int4, gated",
+    "sparse cores, odd groups",
+    "sparse cores, two groups a product",
 )
 """Cases that mutants are planted in, for the targets that differ most."""
 BY_NAME = {case.name: case for case in CASES}
@@ -188,6 +232,8 @@ def build(case: Case, target: str) -> Built:
     weights = [unpack(part, layout) for part in parts]
     exact_weights = [exact_weight(part, layout) for part in parts]
     packed = [torch.cat(pair) for pair in zip(*parts, strict=True)]
+    if case.sparse:
+        packed = list(AlignedRows().prepare(Packed(*packed)))
     extra = []
     if case.kind == "block":
         extra = [torch.randn(case.out_features), torch.randn(1, case.tokens, case.out_features)]
@@ -197,13 +243,19 @@ def build(case: Case, target: str) -> Built:
     if case.hint:
         sample[0] = x.new_zeros(1, case.hint, case.in_features)
     with ExitStack() as stack:
+        stack.enter_context(patch.object(sparse_cores, "may_multiply", lambda *_: case.sparse))
+        if case.sparse and case.kind in ACTIVATIONS:
+            stack.enter_context(patch.object(lowering, "two_passes", lambda *_: True))
         if case.config:
-            for name in ("configurations", "vector_configurations"):
+            names = ("of_both_kinds",) if case.sparse else ("configurations", "vector_configurations")
+            for name in names:
                 stack.enter_context(patch.object(lowering, name, lambda *_: [case.config]))
         stack.enter_context(_tf32(case.tf32))
         dynamic = {0: [1]} if case.hint else None
         static = range(1, len(inputs) - (case.kind == "block"))
         generated = generate(_graph(case, layout), sample, target, static=tuple(static), dynamic=dynamic)
+    templates = [each.schedule.template for each in generated.kernels if each.schedule.template]
+    assert [each.startswith("vnm_sparse_cores") for each in templates] == [case.sparse]
     seen = [_as_tf32(each) if case.tf32 else each for each in (x, *weights, *extra)]
     dense = _compute(case, *seen)
     exact = _compute(case, x.double(), *exact_weights, *(each.double() for each in extra))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tests.ptx.arithmetic import bf16_to_float, float_to_bf16, flushed
@@ -20,10 +22,22 @@ def move(machine: Machine, result: Operand, source: Operand, kind: str) -> None:
             machine.write(each, parts[:, i].copy())
     elif isinstance(source, Vector):
         part = f"b{8 * kind_size(kind) // len(source.items)}"
-        parts = np.stack([machine.read_all(each, part) for each in vector(source)], 1)
-        machine.write(result, parts.view(UNSIGNED[kind_size(kind)])[:, 0])
+        parts, lost = [], []
+        for each in vector(source):
+            machine.undefined = None
+            parts.append(machine.read_all(each, part))
+            lost.append(machine.undefined)
+        whole = np.stack(parts, 1).view(UNSIGNED[kind_size(kind)])[:, 0]
+        middle = len(lost) // 2
+        machine.write_halves(result, whole, _any(lost[:middle]), _any(lost[middle:]))
     else:
         machine.write(result, machine.read(source, kind))
+
+
+def _any(masks: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Threads that are in one of the masks."""
+    given = [each for each in masks if each is not None]
+    return np.logical_or.reduce(given) if given else None
 
 
 @instruction(r"cvt\.(?P<to>[us](?:8|16|32|64))\.(?P<kind>[us](?:8|16|32|64))")

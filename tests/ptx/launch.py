@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ class Ran:
         meetings: barriers as they were passed, as the machine notes them.
         digest: tells apart what was stored, where memory was accessed, and which branches were taken.
         read_back: places of instructions that wrote to shared memory what was read there; noted where somebody watches.
+        ordering: places of barriers of blocks that order what no other does; noted likewise.
     """
 
     taken: set[int]
@@ -82,6 +83,7 @@ class Ran:
     meetings: list[tuple[int, int]]
     read_back: set[int]
     digest: list[int]
+    ordering: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,15 @@ class Launch:
                 program, memory, self._parameters(place), blocks, self.grid, self.kernel.shared_bytes, late, steps
             )
             machine.watch = watch or {}
-            machine.shared.traces = watch is not None
+            if watch is not None:
+                machine.shared.watch(32 if any(each.opcode == "bar.warp.sync" for each in program.instructions) else 1)
             with np.errstate(all="ignore"):
                 machine.run()
             ran.taken.update(machine.taken)
             ran.digest += [machine.branches, machine.shared.digest]
             ran.read_back.update(machine.shared.read_back)
+            if machine.shared.ordering:
+                ran.ordering.update(machine.shared.ordering.needed)
             ran.hazards.update(machine.hazards)
             ran.meetings = ran.meetings or machine.meetings
             ran.steps = max(ran.steps, steps - machine.steps)

@@ -84,6 +84,7 @@ class Machine:
         self._parameters = dict(zip(program.parameters, parameters, strict=True))
         self._registers: dict[str, np.ndarray] = {}
         self._partial: dict[str, np.ndarray] = {}  # who has written, where not all have
+        self._upper: dict[str, np.ndarray] = {}  # who has written the upper half, where not all have written both
         self._special = self._specials(blocks, grid)
         self._handlers = [self.handler(each) for each in program.instructions]
         self._pc = np.zeros(self.threads, np.int64)
@@ -137,6 +138,25 @@ class Machine:
         """As `read`, one value for each thread."""
         return np.ascontiguousarray(np.broadcast_to(self.read(operand, kind), self.threads))
 
+    def read_upper(self, operand: Operand, kind: str) -> np.ndarray:
+        """As `read_all`, for whom only the upper half counts: the lower one may never have been written."""
+        before = self.undefined
+        value = self.read_all(operand, kind)
+        if isinstance(operand, Register) and operand.name in self._upper:
+            lost = ~self._upper[operand.name]
+            self.undefined = lost if before is None else before | lost
+        return value
+
+    def write_halves(
+        self, operand: Operand, value: np.ndarray, lower: np.ndarray | None, upper: np.ndarray | None
+    ) -> None:
+        """Write to a register what was put together of two halves; in which threads each was not written before."""
+        self.undefined = lower if upper is None else upper if lower is None else lower | upper
+        self.write(operand, value)
+        if self.undefined is not None and isinstance(operand, Register):
+            written = np.ones(self.threads, bool) if upper is None else ~upper
+            self._upper[operand.name] = written if self.mask is None else written & self.mask
+
     def _register(self, name: str) -> np.ndarray:
         value = self._registers.get(name)
         if value is None:
@@ -185,6 +205,7 @@ class Machine:
         if value.ndim == 0:
             value = np.full(self.threads, value)
         old, written = self._registers.get(name), self._partial.pop(name, None)
+        self._upper.pop(name, None)
         if self.mask is None:
             self._registers[name], written = value, None
         elif old is None:
@@ -214,7 +235,7 @@ class Machine:
 
     def results(self, each: Instruction) -> dict[str, bytes] | str:
         """What an instruction that only writes registers would write, or how it fails; nothing is changed."""
-        registers, written = dict(self._registers), dict(self._partial)
+        registers, written, upper = dict(self._registers), dict(self._partial), dict(self._upper)
         undefined, active = self.undefined, self.active()
         self.shared.quiet = True
         try:
@@ -224,7 +245,7 @@ class Machine:
         except (PTXError, NotModelled) as error:
             return str(error)
         finally:
-            self._registers, self._partial, self.undefined = registers, written, undefined
+            self._registers, self._partial, self._upper, self.undefined = registers, written, upper, undefined
             self.shared.quiet = False
 
     # The order of things.

@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 
 from tests.ptx.errors import PTXError
+from tests.ptx.ordering import Ordering
 
 BASE = 0x7F12_0000_0000
 _ALIGNMENT = 512
@@ -117,6 +118,7 @@ class SharedMemory(_Traced):
         self.quiet, self.traces, self.place = False, False, 0
         self.read_back: set[int] = set()
         self._source = np.full(n, -1, np.int32)
+        self.ordering: Ordering | None = None  # for whoever plants faults: which barriers are needed
         self._clock = np.zeros((2, blocks * threads), np.int32)  # of each thread: barriers of its block, of its warp
 
     def load(self, addresses: np.ndarray, size: int, threads: np.ndarray, many: bool = False) -> np.ndarray:
@@ -143,6 +145,8 @@ class SharedMemory(_Traced):
         """Asynchronous copies begin: from now on nobody may access what they write."""
         index = self._index(addresses, size, threads)
         self._check_write(index, threads[:, None])
+        if self.ordering:
+            self.ordering.access(index, threads[:, None], writes=True)
         np.add.at(self._copied, index, 1)
         self._source[index] = self.place
         if (self._copied[index] > 1).any():
@@ -190,9 +194,15 @@ class SharedMemory(_Traced):
         block = threads // self._threads
         return block.reshape(-1, *[1] * (addresses.ndim - 1)) * self.size + addresses
 
+    def watch(self, together: int) -> None:
+        """Note what faults can be planted by: writes that are read, and barriers that are needed (`Ordering`)."""
+        self.traces, self.ordering = True, Ordering(self._data.size, self.size, self._threads, together)
+
     def barrier(self, threads: np.ndarray) -> None:
         """All threads of a block have met."""
         self._clock[0, threads] += 1
+        if self.ordering:
+            self.ordering.barrier(threads, self.place)
 
     def warp_barrier(self, threads: np.ndarray) -> None:
         """All threads of a warp have met."""
@@ -254,6 +264,8 @@ class SharedMemory(_Traced):
         return (other != threads) & (time[0] == now[0]) & (~same_warp | (time[1] == now[1]))
 
     def _note_read(self, index: np.ndarray, threads: np.ndarray, many: bool) -> None:
+        if self.ordering:
+            self.ordering.access(index, threads, writes=False)
         threads = np.broadcast_to(threads, index.shape)
         now = self._clock[:, threads]
         warp = threads // 32
@@ -271,5 +283,7 @@ class SharedMemory(_Traced):
         self._read_time[:, index] = now
 
     def _note_write(self, index: np.ndarray, threads: np.ndarray) -> None:
+        if self.ordering:
+            self.ordering.access(index, threads, writes=True)
         self._writer[index] = threads
         self._write_time[:, index] = self._clock[:, np.broadcast_to(threads, index.shape)]

@@ -12,7 +12,8 @@ run of the kernel as it is.
   only where it was false, or zero, in a thread.
 - One that writes registers does not count where its own run has accessed the same places of memory, stored the same
   there and taken the same branches: what it changed went nowhere.
-- A barrier is dropped only where shared memory was accessed since the last one, and again before the next.
+- A barrier is dropped only where shared memory was accessed since the last one, and again before the next; one of a
+  block only where two threads access one place right before and after it, and one of them writes (`ordering.py`).
 
 Of each kind as many are taken of a kernel as are asked for, spread evenly over it.
 """
@@ -85,6 +86,8 @@ def _changes(each: Instruction) -> Iterator[tuple[str, str]]:
     if name.startswith(("ldmatrix", "stmatrix")):
         turned = name.replace(".trans", "") if ".trans" in name else name.replace(".shared", ".trans.shared")
         yield "matrix turned", f"{guard}{turned} {body}"
+    if name.startswith("mma.sp"):
+        yield "wrong lane", with_operands([*operands[:5], str(1 - int(operands[5], 0))])  # whose metadata is meant
     if name.startswith("shfl.sync") and operands[2].isdigit():
         yield "wrong lane", with_operands([*operands[:2], str(int(operands[2]) * 2 % 32 or 1), *operands[3:]])
 
@@ -148,7 +151,7 @@ def _swapped(name: str, operands: list[str]) -> Iterator[list[str]]:
 
 def _reordered(name: str, operands: list[str]) -> Iterator[list[str]]:
     """The first two registers of a fragment or a vector exchanged; of mma, of each fragment."""
-    chosen = {"mma.sync": (1, 2, 3), "ldmatrix": (0,), "stmatrix": (1,), "wgmma.mma_async": (1,)}
+    chosen = {"mma.sync": (1, 2, 3), "mma.sp": (1, 2, 3), "ldmatrix": (0,), "stmatrix": (1,), "wgmma.mma_async": (1,)}
     places = next((each for start, each in chosen.items() if name.startswith(start)), ())
     if re.match(r"ld\.(shared|global).*\.v\d", name):
         places = (0,)
@@ -214,6 +217,8 @@ def plant(program: Program, watched: Mapping[int, list[Watched]], ran: Ran, most
     """Of each kind at most so many that make a difference, spread over the kernel."""
     kinds: dict[str, list[Mutant]] = {}
     barriers = separating(program, ran.meetings)
+    of_blocks = {place for place in barriers if program.instructions[place].opcode == "bar.sync"}
+    barriers -= of_blocks - ran.ordering
     for place in sorted(watched):
         writes = re.match(r"cp\.async\.c[ag]|st\.shared|stmatrix", program.instructions[place].opcode)
         for each in watched[place]:

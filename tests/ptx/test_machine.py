@@ -115,6 +115,45 @@ def test_a_warp_multiplies_matrices():
     assert (result.view(np.float32).reshape(16, 8) == expected).all()
 
 
+@pytest.mark.parametrize(
+    ("body", "needed"),
+    [
+        # Read by another warp than has written.
+        ("st.shared.b32 [%r1], %r0; bar.sync 0; ld.shared.b32 %r3, [%r2];", 1),
+        ("st.shared.b32 [%r1], %r0; bar.sync 0; ld.shared.b32 %r3, [%r1];", 0),
+        # The first of two orders it; overwritten by another than has read, by the same, and elsewhere.
+        ("st.shared.b32 [%r1], %r0; bar.sync 0; bar.sync 0; ld.shared.b32 %r3, [%r2];", 0),
+        ("st.shared.b32 [%r1], %r0; ld.shared.b32 %r3, [%r1]; bar.sync 0; st.shared.b32 [%r2], %r0;", 1),
+        ("st.shared.b32 [%r1], %r0; ld.shared.b32 %r3, [%r1]; bar.sync 0; st.shared.b32 [%r1], %r0;", 0),
+        ("st.shared.b32 [%r1], %r0; bar.sync 0; st.shared.b32 [%r2+256], %r0;", 0),
+    ],
+)
+def test_barriers_that_order_what_no_other_does(body, needed):
+    program = parse(f"""
+        .visible .entry k() .reqntid 64
+        {{
+            .reg .b32 %r<9>;
+            mov.u32 %r0, %tid.x; shl.b32 %r1, %r0, 2; xor.b32 %r2, %r1, 128; {body}
+            ret;
+        }}""")
+    machine = Machine(program, GlobalMemory([]), [], np.zeros((1, 3), np.int64), (1, 1, 1), 1024, False, 1000)
+    machine.shared.watch(together=32)
+    machine.run()
+    assert len(machine.shared.ordering.needed) == needed
+
+
+def test_half_a_register_may_be_undefined_where_it_is_dropped():
+    """LLVM puts words together of a half that it needs and one that nobody has written."""
+    given = words()
+    halves = "ld.global.b32 %r2, [%rd2]; mov.b32 {%rs1, %rs2}, %r2; mov.b32 %r3, {%rs8, %rs1};"
+    body = halves + "{use} st.global.b32 [%rd3], %r4;"
+    result, _ = execute(body.replace("{use}", "shr.u32 %r4, %r3, 16;"), given)
+    assert (result == given & 0xFFFF).all()
+    for use in ("shr.u32 %r4, %r3, 15;", "mov.b32 %r4, %r3;", "mov.b32 %r3, {%rs1, %rs8}; shr.u32 %r4, %r3, 16;"):
+        with pytest.raises(PTXError, match="used before it is written"):
+            execute(body.replace("{use}", use), given)
+
+
 @pytest.mark.parametrize("selector", [0, 1])
 def test_sparse_values_are_put_where_their_metadata_says(selector):
     """mma.sp: two of every four columns; row g + 8 in the upper half of a word of thread 2s or 2s + 1 of four."""

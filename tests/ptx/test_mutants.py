@@ -40,13 +40,15 @@ PROGRAM = parse("""
         setp.lt.s32 %p2, %r1, 5;
         cp.async.wait_group 1;
         mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1, %r2}, {%r3, %r4}, {%r5, %r5}, {%r1, %r2};
+        mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32
+            {%r1, %r2, %r3, %r4}, {%r5, %r6, %r7, %r8}, {%r1, %r2, %r3, %r4}, {%r5, %r6, %r7, %r8}, %r5, 0x1;
         @%p2 st.global.b32 [%rd1], %r1;
         ret;
     }""")
 
 
 def test_what_is_planted():
-    found = {(each.kind, each.place): each.text for each in candidates(PROGRAM, {0, 1, 2, 3, 4})}
+    found = {(each.kind, each.place): each.text for each in candidates(PROGRAM, {0, 1, 2, 3, 4, 5})}
     assert found["barrier dropped", 0] == "nop"
     assert found["mask dropped", 1] == "ld.global.v2.b32 {%r1, %r2}, [%rd1+8]"
     assert found["offset wrong", 1] == "@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd1+16]"
@@ -54,6 +56,7 @@ def test_what_is_planted():
     assert found["bound off by one", 2] == "setp.lt.s32 %p2, %r1, 4"
     assert found["wait weakened", 3] == "cp.async.wait_group 2"
     assert "{%r5, %r5}" in found["fragment order", 4]
+    assert found["wrong lane", 5].endswith("%r5, 0")
     for text in found.values():
         instruction(text)
     assert not list(candidates(PROGRAM, set()))

@@ -43,9 +43,10 @@ class Schedule:
         template: name of the template it was generated from, or None.
         reads, writes: the buffers.
         flops: floating-point operations of its matrix products, as they are carried out (on tensor cores a sparse
-            linear computes on all kept columns).
+            linear computes on all kept columns; on sparse ones the zeros among them are counted, as their rate does).
         tokens: rows of the activation of its sparse linear; None where it has none.
         dtype: of its first activation.
+        sparse_cores: it multiplies on sparse tensor cores.
     """
 
     fused_ops: tuple[str, ...]
@@ -55,6 +56,7 @@ class Schedule:
     flops: int
     tokens: int | None
     dtype: torch.dtype | None
+    sparse_cores: bool
 
 
 def describe(nodes: Sequence[Any], static: frozenset[int]) -> Schedule:
@@ -71,14 +73,16 @@ def describe(nodes: Sequence[Any], static: frozenset[int]) -> Schedule:
     template = next((node.node for node in computed if node.is_template()), None)
     sparse = next((origin for origin in origins if origin.target in (_LINEAR, _GATED)), None)
     moved = [each for each in (*reads, *writes) if each.activation]
+    name = template_name(template) if template is not None else None
     return Schedule(
         fused_ops=_op_names(origins),
-        template=template_name(template) if template is not None else None,
+        template=name,
         reads=reads,
         writes=writes,
         flops=sum(_flops(node) for node in computed),
         tokens=_hint(_rows(sparse)) if sparse is not None else None,
         dtype=V.graph.get_dtype(moved[0].buffer) if moved else None,
+        sparse_cores=name is not None and "_sparse_cores" in name,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 # Names of SASS instructions: CUDA Binary Utilities, "Instruction Set Reference". Names of AMD's: the ISA guides of
 # CDNA 3 and RDNA 3.
 _TENSOR_CORE = re.compile(r"[HIBDQO]G?MMA|UTC\w*MMA|v_s?mfma\w*|v_smfmac\w*|v_wmma\w*")
+_SPARSE = re.compile(r"[HIBDQO]G?MMA\.SP\b|v_smfmac")
 _SASS = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _SASS_LABEL = re.compile(r"^\s*\.(L_x_\d+):")
 _SASS_BRANCH = re.compile(r"\bBRA\b.*?`\(\.(L_x_\d+)\)")
@@ -27,12 +28,14 @@ class Instructions:
     Attributes:
         total: number of instructions.
         tensor_core: number of those that multiply matrices.
+        sparse: number of those among them that do on sparse tensor cores (HMMA.SP).
         loads: number of loads from global memory by bytes a thread; asynchronous copies among them.
         names: how often each occurs, with its modifiers.
     """
 
     total: int
     tensor_core: int
+    sparse: int
     loads: dict[int, int]
     names: dict[str, int]
 
@@ -54,7 +57,9 @@ def count_instructions(assembly: str, loop_only: bool = False) -> Instructions:
         if width:
             loads[width] += times
     tensor_core = sum(times for name, times in names.items() if _TENSOR_CORE.match(name))
-    return Instructions(sum(names.values()), tensor_core, dict(sorted(loads.items())), dict(names.most_common()))
+    sparse = sum(times for name, times in names.items() if _SPARSE.match(name))
+    ordered = dict(sorted(loads.items()))
+    return Instructions(sum(names.values()), tensor_core, sparse, ordered, dict(names.most_common()))
 
 
 def _instructions(lines: Sequence[str]) -> Iterator[str]:

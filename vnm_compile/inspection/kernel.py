@@ -101,13 +101,21 @@ class Kernel:
         return self._per_token(self.schedule.flops)
 
     @property
-    def roofline_seconds(self) -> float | None:
-        """The least time a launch can take on the target: its bytes at full bandwidth, or its flops at full rate."""
+    def peak_flops(self) -> float | None:
+        """The target's flop/s for its products: of sparse tensor cores, where it multiplies on them, zeros counted."""
         if self._target is None:
             return None
+        if self.schedule.sparse_cores:
+            return self._target.sparse_flops or self._target.half_flops
+        return self._target.peak_flops(self.schedule.dtype or torch.float32, allows_tf32())
+
+    @property
+    def roofline_seconds(self) -> float | None:
+        """The least time a launch can take on the target: its bytes at full bandwidth, or its flops at full rate."""
+        rate = self.peak_flops
+        if self._target is None or rate is None:
+            return None
         moved, flops = self.at_tokens(self.bytes_moved), self.at_tokens(self.flops)
-        dtype = self.schedule.dtype or torch.float32
-        rate = self._target.peak_flops(dtype, allows_tf32())
         return max(moved / self._target.bandwidth, flops / rate)
 
     def at_tokens(self, of: sympy.Expr) -> float:
@@ -128,6 +136,7 @@ class Kernel:
             "flops": str(sympy.sympify(self.flops)),
             "tokens": self.schedule.tokens,
             "bytes": round(self.at_tokens(self.bytes_moved)),
+            "peak_flops": self.peak_flops,
             "roofline_seconds": self.roofline_seconds,
             "registers": self.registers,
             "spills": self.spills,
@@ -135,8 +144,8 @@ class Kernel:
         }
         for part, counted in (("instructions", self.instructions), ("hot_loop", self.loop)):
             if counted is not None:
-                result[part] = {"total": counted.total, "tensor_core": counted.tensor_core, "loads": counted.loads}
-                result[part]["names"] = counted.names
+                result[part] = {"total": counted.total, "tensor_core": counted.tensor_core}
+                result[part] |= {"sparse": counted.sparse, "loads": counted.loads, "names": counted.names}
         return result
 
     def _per_token(self, total: int) -> sympy.Expr:

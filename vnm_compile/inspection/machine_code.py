@@ -25,7 +25,7 @@ class MachineCode:
     """What the compiler makes of a kernel.
 
     Attributes:
-        ttir: Triton's own code, before it knows of threads.
+        ttir: Triton's own code, before it knows of threads; of Gluon's kernels, which say where threads are, with them.
         intermediate: PTX for NVIDIA, amdgcn assembly for AMD.
         assembly: SASS for NVIDIA, amdgcn assembly for AMD.
         binary: cubin or hsaco.
@@ -83,7 +83,8 @@ def compile_kernel(source: str, name: str, target: Target) -> MachineCode:
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resources of {name}: {usage}")
     asm = compiled.asm
-    return MachineCode(asm["ttir"], asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
+    ttir = asm["ttir" if "ttir" in asm else "ttgir"]
+    return MachineCode(ttir, asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vnm_compile.hardware import Target
+from vnm_compile.inspection.assembly import Instructions
 from vnm_compile.inspection.kernel import Kernel, LibraryCall
 from vnm_compile.names import printable
 
@@ -46,12 +47,17 @@ def _row(kernel: Kernel) -> list[str | Text]:
             str(kernel.registers),
             str(kernel.spills),
             str(kernel.shared_bytes),
-            str(kernel.instructions.tensor_core or ""),
+            _tensor_core(kernel.instructions),
             loads,
         ]
     time = f"{floor * 1e6:.2f}" if floor is not None else ""
     ops = Text(printable(_short(kernel.fused_ops)))
     return [Text(printable(kernel.name)), ops, str(kernel.launches), *machine, f"{moved:.2f}", time]
+
+
+def _tensor_core(counted: Instructions) -> str:
+    kind = " sparse" if counted.sparse else ""
+    return f"{counted.tensor_core}{kind}" if counted.tensor_core else ""
 
 
 def _short(ops: Iterable[str]) -> str:

@@ -17,25 +17,30 @@ from vnm_compile.inspection.kernel import Kernel
 
 @dataclass(frozen=True)
 class Roof:
-    """A machine: bytes and floating-point operations a second at best, and its name."""
+    """A machine: bytes and floating-point operations a second at best, and its name.
+
+    `sparse_flops` are those of sparse tensor cores, zeros counted; 0 where there are none.
+    """
 
     bandwidth: float
     flops: float
     name: str
+    sparse_flops: float = 0.0
 
     @classmethod
     def of(cls, target: Target | None, dtype: torch.dtype) -> Roof:
         """The roof of a GPU, or of the cores of this machine that torch uses."""
         if target is not None:
-            return cls(target.bandwidth, target.peak_flops(dtype, allows_tf32()), target.card)
+            sparse = target.sparse_flops if dtype.itemsize == 2 else 0.0
+            return cls(target.bandwidth, target.peak_flops(dtype, allows_tf32()), target.card, sparse)
         core: Core = CPU_CORE
         threads = torch.get_num_threads()
         name = f"{threads} cores as the cost model takes them"
         return cls(threads * core.bandwidth, threads * core.peak_flops(dtype), name)
 
-    def at(self, intensity: float) -> float:
+    def at(self, intensity: float, sparse_cores: bool = False) -> float:
         """Most operations a second at so many operations a byte."""
-        return min(self.flops, self.bandwidth * intensity)
+        return min(max(self.flops, self.sparse_flops) if sparse_cores else self.flops, self.bandwidth * intensity)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Point:
     label: str
     intensity: float
     rate: float | None
+    sparse_cores: bool = False
 
 
 Series = tuple[str, str, Sequence[Point]]
@@ -68,10 +74,12 @@ def layer_points(layers: Iterable[LayerReport], itemsize: int, *, sparse: bool) 
 
 def kernel_points(kernels: Iterable[Kernel]) -> list[Point]:
     """The kernels that multiply; how long they take is not known without the machine."""
-    figures = (
-        (kernel.name, kernel.at_tokens(kernel.flops), kernel.at_tokens(kernel.bytes_moved)) for kernel in kernels
-    )
-    return [Point(name, flops / moved, None) for name, flops, moved in figures if flops and moved]
+    points = []
+    for kernel in kernels:
+        flops, moved = kernel.at_tokens(kernel.flops), kernel.at_tokens(kernel.bytes_moved)
+        if flops and moved:
+            points.append(Point(kernel.name, flops / moved, None, kernel.schedule.sparse_cores))
+    return points
 
 
 def roofline(roof: Roof, series: Sequence[Series]) -> str:
@@ -97,6 +105,10 @@ def roofline(roof: Roof, series: Sequence[Series]) -> str:
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")
         axes = figure.add_subplot(xscale="log", yscale="log")
         axes.plot([least, ridge, most], [roof.at(x) for x in (least, ridge, most)], color="#444444")
+        if any(point.sparse_cores for point in points):
+            higher = [max(least, min(ridge, most)), min(most, roof.sparse_flops / roof.bandwidth), most]
+            heights = [roof.at(x, sparse_cores=True) for x in higher]
+            axes.plot(higher, heights, "--", color="#444444", label="sparse tensor cores")
         for label, colour, each in series:
             measured = [point for point in each if point.rate is not None]
             others = [point for point in each if point.rate is None]
@@ -104,7 +116,7 @@ def roofline(roof: Roof, series: Sequence[Series]) -> str:
                 rates = [point.rate or 0.0 for point in measured]
                 axes.scatter([p.intensity for p in measured], rates, s=28, color=colour, label=label, alpha=0.8)
             if others:
-                at = [roof.at(point.intensity) for point in others]
+                at = [roof.at(point.intensity, point.sparse_cores) for point in others]
                 axes.scatter([p.intensity for p in others], at, s=36, facecolors="none", edgecolors=colour, label=label)
         axes.set_xlabel("operations a byte")
         axes.set_ylabel("operations a second")

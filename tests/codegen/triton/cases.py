@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import vnm_compile.codegen.kernels  # noqa: F401 (says which kernels there are)
 from tests.codegen.triton.interpreter import Interpreter
+from tests.ptx.run import run
 from tests.support import assert_as_accurate_as_dense
 from vnm_compile.codegen.generate import Generated
 from vnm_compile.codegen.random_arrays import random_packed
@@ -53,8 +55,15 @@ def dense_layer(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def expect(interpreter: Interpreter, generated: Generated, inputs: list[Any], dense: Tensor, exact: Tensor) -> None:
-    """The wrapper's output is as near to float64 as the dense layers are in the same dtype."""
-    (output,) = interpreter.run(generated.wrapper, inputs)
+    """The wrapper's output is as near to float64 as the dense layers are in the same dtype.
+
+    Gluon has no interpreter: of its kernels the PTX is executed.
+    """
+    if "@gluon.jit" in generated.wrapper:
+        (capability,) = set(re.findall(r"\bcc=(\d+)", generated.wrapper))
+        (output,) = run(generated.wrapper, inputs, f"sm_{capability}").outputs
+    else:
+        (output,) = interpreter.run(generated.wrapper, inputs)
     assert output.dtype == dense.dtype
     assert output.shape == dense.shape
     assert_as_accurate_as_dense(output, dense, exact)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tests.codegen.triton.cases import CPU, arrays, case, exact_weight, expect, traced
 from vnm_compile.codegen.generate import generate
 from vnm_compile.codegen.random_arrays import random_packed
+from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.codegen.virtual_device import virtual_device
 from vnm_compile.format import unpack
 from vnm_compile.hardware import find_target
@@ -61,6 +62,7 @@ GOLDEN = [
     Golden("few_tokens_add", "sm_90", "64:2:8", 5, 128, 512, torch.bfloat16, add_residual),
     Golden("prefill_gelu", "sm_90", "128:2:16", 300, 256, 512, torch.bfloat16, gelu),
     Golden("tails_gelu", "sm_80", "32:2:5", 33, 100, 333, torch.float16, gelu),
+    Golden("sparse_cores_gelu", "sm_80", "64:2:8", 200, 128, 1000, torch.bfloat16, gelu),
     Golden("one_kept_scale", "sm_89", "64:1:8", 20, 64, 256, torch.float32, scale),
     Golden("shifted_add", "gfx942", "64:2:8", 40, 128, 256, torch.float16, add_residual),
     Golden("int8_decode_add", "sm_90", "64:2:8", 1, 128, 2048, torch.bfloat16, add_residual, "int8/64"),
@@ -73,6 +75,7 @@ MULTIPLIES = {
     "prefill_gelu": "HGMMA",
     "gated_silu": "HGMMA",
     "tails_gelu": "HMMA",
+    "sparse_cores_gelu": "HMMA.SP",
     "one_kept_scale": "FFMA",  # fp32 without TF32, torch's default, has no tensor core
     "shifted_add": "v_mfma",
     "int8_decode_add": "FFMA",
@@ -82,7 +85,8 @@ MULTIPLIES = {
 
 
 def kernel_text(source: str) -> str:
-    return source[source.index("@triton.jit") :].strip() + "\n"
+    """From the kernel on; of one in Gluon the helpers before it, too."""
+    return source[source.index("@gluon.jit" if "@gluon.jit" in source else "@triton.jit") :].strip() + "\n"
 
 
 def multiply(name: str, layout: Layout) -> Callable[..., Any]:
@@ -107,6 +111,8 @@ def test_linear(golden, interpreter, each):
     def graph(x: Any, *rest: Any) -> Any:
         return each.epilogue(linear(x, rest[:arrays]), *rest[arrays:])
 
+    if MULTIPLIES[each.name] == "HMMA.SP":
+        packed = AlignedRows().prepare(packed)
     inputs = [x, *packed, bias, residual]
     generated = generate(traced(graph, len(inputs)), inputs, each.target, static=range(1, arrays + 2))
     check(golden, each.name, each.target, generated)

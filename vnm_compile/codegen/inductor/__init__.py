@@ -17,6 +17,7 @@ from vnm_compile.codegen.inductor.cpp import (
 )
 from vnm_compile.codegen.inductor.device import device_patches, forget_device_answers, template_name, watch_codegen
 from vnm_compile.codegen.inductor.epilogue import FusingTemplate, reindexer, view_in_2d
+from vnm_compile.codegen.inductor.gluon import GluonTemplate
 from vnm_compile.codegen.inductor.native import load_cpp
 from vnm_compile.codegen.inductor.nodes import (
     TritonTemplate,
@@ -26,6 +27,7 @@ from vnm_compile.codegen.inductor.nodes import (
     choose,
     choose_fastest,
     copy_strided,
+    graph_has,
     ir,
     known_equal,
     layout_of,
@@ -34,6 +36,7 @@ from vnm_compile.codegen.inductor.nodes import (
     realized,
     reshape,
     round_up,
+    run_choice,
     size_hint,
     tunes_exhaustively,
 )
@@ -42,6 +45,7 @@ from vnm_compile.codegen.inductor.registry import Kernels, has_lowering, prepack
 __all__ = [
     "CppTemplateKernel",
     "FusingTemplate",
+    "GluonTemplate",
     "Kernels",
     "TritonTemplate",
     "V",
@@ -60,6 +64,7 @@ __all__ = [
     "fits_32_bits",
     "forget_device_answers",
     "fuses_multiply_add",
+    "graph_has",
     "has_lowering",
     "ir",
     "known_equal",
@@ -76,6 +81,7 @@ __all__ = [
     "reshape",
     "round_up",
     "rows_in_place",
+    "run_choice",
     "size_hint",
     "source_hash",
     "store_copy",

@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "choose_fastest",
     "copy_strided",
+    "graph_has",
     "ir",
     "known_equal",
     "layout_of",
@@ -36,6 +37,7 @@ __all__ = [
     "realized",
     "reshape",
     "round_up",
+    "run_choice",
     "size_hint",
     "tunes_exhaustively",
 ]
@@ -157,6 +159,16 @@ def copy_strided(node: Any, stride: Sequence[Any], allocated: Sequence[Any]) -> 
 def realized(node: Any) -> Any:
     """The node with a buffer of its own, in the layout that it happens to have."""
     return ir.ExternKernel.realize_input(node)
+
+
+def graph_has(*packets: Any) -> bool:
+    """Whether any of some ops, in whatever overload, is in the graph that is being lowered."""
+    return any(getattr(node.target, "overloadpacket", None) in packets for node in V.graph.graph.nodes)
+
+
+def run_choice(choice: Any, inputs: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Run a choice on tensors, as it is run to be measured."""
+    choice.benchmark(*inputs, out=out)
 
 
 def tunes_exhaustively() -> bool:

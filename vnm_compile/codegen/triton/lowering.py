@@ -28,10 +28,12 @@ from vnm_compile.codegen.inductor import (
     reshape,
     round_up,
     rows_in_place,
+    run_choice,
     size_hint,
     tunes_exhaustively,
 )
 from vnm_compile.codegen.random_arrays import random_packed
+from vnm_compile.codegen.triton import self_check, sparse_cores
 from vnm_compile.codegen.triton.configs import (
     Config,
     Shape,
@@ -42,13 +44,16 @@ from vnm_compile.codegen.triton.configs import (
     vector_configurations,
 )
 from vnm_compile.codegen.triton.prepack import SCALES_LOAD, WIDEST_LOAD
+from vnm_compile.codegen.triton.sparse_configs import SparseConfig, of_both_kinds, two_sparse_passes
 from vnm_compile.codegen.triton.templates import (
     gated_template,
     gated_vector_template,
     linear_template,
+    sparse_cores_template,
     vector_template,
 )
-from vnm_compile.codegen.virtual_device import device_target
+from vnm_compile.codegen.virtual_device import active_target, device_target
+from vnm_compile.format import Packed
 from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.layout import Layout
 
@@ -145,6 +150,18 @@ class _Sparse:
         """Whether there is one token, and a kernel without tensor cores for the values."""
         return self.permutes_bytes and known_equal(self.tokens, 1)
 
+    @functools.cached_property
+    def has_sparse_cores(self) -> bool:
+        """Whether sparse tensor cores may multiply, and do it right where that can be tried."""
+        quantised = self.layout.quantization is not None  # fragments are read as they are stored: floats
+        if quantised or not sparse_cores.may_multiply(self.dtype, self.spec, self.arrays, self.target):
+            return False
+        key = f"{self.dtype} on {self.target.card}"
+        rows = int(self.arrays[0].get_size()[0])
+        return active_target() is not None or self_check.passes(
+            key, self.layout.with_rows(rows), self._try_sparse_cores
+        )
+
     def linear(self) -> Any:
         """Node of the product, `[tokens, out_features]`; None where no configuration fits the device."""
         if self.is_vector:
@@ -161,7 +178,7 @@ class _Sparse:
         ranked = self._ranked(gated=True)
         if not ranked:
             return None
-        if ranked[0].splits == 1 and not two_passes(self._shape(gated=True), self.target):
+        if ranked[0].splits == 1 and not self._takes_two_passes():
             return self._call(gated_template(activation), ranked, self.layout.out_features)
         # Gate and up are one weight of twice the rows here.
         ranked = self._ranked(gated=False, rows=2 * self.layout.rows)
@@ -172,6 +189,28 @@ class _Sparse:
         up = apply(aten.slice.Tensor, both, 1, self.layout.rows, self.layout.rows + self.layout.out_features)
         product = apply(aten.mul.Tensor, apply_function(ACTIVATIONS[activation].eager, gate), up)
         return self._cast(product)
+
+    def _takes_two_passes(self) -> bool:
+        shape = self._shape(gated=True)
+        return two_passes(shape, self.target) or (self.has_sparse_cores and two_sparse_passes(shape, self.target))
+
+    def _try_sparse_cores(self) -> tuple[torch.Tensor, Packed, torch.Tensor]:
+        """Random activations and arrays of the problem's sizes, and what sparse tensor cores make of them."""
+        rows = int(self.arrays[0].get_size()[0])
+        layout = layout_of(self.x, [self.tokens, rows])
+        choices: list[Any] = []
+        error = self._append(choices, None, sparse_cores.SMALLEST, rows, layout)
+        if error is not None:
+            raise error
+        random = self._random_arrays()
+        packed = Packed(*(random[1 + i](array) for i, array in enumerate(self.arrays)))
+        (tokens, width), (step, row) = (
+            [size_hint(each) for each in of] for of in (self.x.get_size(), self.x.get_stride())
+        )
+        x = torch.randn(width, row // step, device=packed.values.device).to(self.dtype).T[:tokens]
+        out = torch.empty(tokens, rows, dtype=self.dtype, device=x.device)
+        run_choice(choices[0], [x, *packed], out)
+        return x, packed, out
 
     def _cast(self, node: Any) -> Any:
         if node.get_dtype() == self.dtype:
@@ -190,7 +229,9 @@ class _Sparse:
     def _ranked(self, gated: bool, rows: int | None = None) -> list[Config]:
         shape = self._shape(gated, rows)
         ranked = configurations(shape, self.target)
-        kept = ranked[: _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED]
+        most = _MEASURED_EXHAUSTIVELY if tunes_exhaustively() else _MEASURED
+        both = self.has_sparse_cores and not gated
+        kept = of_both_kinds(ranked, shape, self.target, most) if both else ranked[:most]
         log.debug("%s on %s: %s", shape, self.target.name, kept)
         return kept
 
@@ -204,33 +245,38 @@ class _Sparse:
         x = self.x if x is None else x
         size = [self.tokens, columns] if parts == 1 else [parts, self.tokens, columns]
         layout = layout_of(x, size, self.dtype if parts == 1 else torch.float32)
-        inputs = [x, *self.arrays]
         choices: list[Any] = []
-        errors: list[Exception] = []
-        for config in ranked:
-            error = template.maybe_append_choice(
-                choices,
-                input_nodes=tuple(inputs),
-                layout=layout,
-                num_warps=config.warps,
-                num_stages=config.stages,
-                # Said, and not left to Triton, whose default changes with 3.10.
-                triton_meta={"enable_fp_fusion": fuses_multiply_add()},
-                **self._constants(config, columns, inputs),
-            )
-            if error is not None:
-                log.warning("%s with %s: %s", template.name, config, error)
-                errors.append(error)
+        errors = [self._append(choices, template, config, columns, layout, x) for config in ranked]
         if not choices:
-            raise errors[0]
-        return choose_fastest(template.name, choices, inputs, layout, self._random_arrays())
+            raise next(error for error in errors if error is not None)
+        return choose_fastest(template.name, choices, [x, *self.arrays], layout, self._random_arrays())
+
+    def _append(
+        self, choices: list[Any], template: Any, config: Config, columns: int, layout: Any, x: Any = None
+    ) -> Exception | None:
+        """Append a choice, or say what is the matter with it. A configuration for sparse cores has their template."""
+        inputs = [self.x if x is None else x, *self.arrays]
+        template = sparse_cores_template() if isinstance(config, SparseConfig) else template
+        error: Exception | None = template.maybe_append_choice(
+            choices,
+            input_nodes=tuple(inputs),
+            layout=layout,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            # Said, and not left to Triton, whose default changes with 3.10.
+            triton_meta={"enable_fp_fusion": fuses_multiply_add()},
+            **self._constants(config, columns, inputs),
+        )
+        if error is not None:
+            log.warning("%s with %s: %s", template.name, config, error)
+        return error
 
     def _constants(self, config: Config, columns: int, inputs: list[Any]) -> dict[str, Any]:
         spec, groups = self.spec, self.layout.groups
         split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
         values_in_word = self.word.itemsize // self.arrays[0].get_dtype().itemsize
         empty_round = has_empty_round(config, self._shape(gated=False))
-        return {
+        told = {
             "V": spec.v,
             "N": spec.n,
             "M": spec.m,
@@ -259,6 +305,7 @@ class _Sparse:
             "ALLOW_TF32": allows_tf32(),
             **self._quantised_constants(),
         }
+        return told | sparse_cores.constants(config, told, spec) if isinstance(config, SparseConfig) else told
 
     def _quantised_constants(self) -> dict[str, Any]:
         """What templates ask for of quantised values, and only then."""

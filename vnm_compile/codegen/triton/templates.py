@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vnm_compile.activations import ACTIVATIONS
-from vnm_compile.codegen.inductor import TritonTemplate
+from vnm_compile.codegen.inductor import GluonTemplate, TritonTemplate
 
 _HERE = Path(__file__).parent
 
@@ -37,6 +37,12 @@ def _grid(*sizes_and_meta: Any, cdiv: Any = None) -> tuple[int, int, int]:
 def linear_template() -> Any:
     """`x @ W.T`."""
     return TritonTemplate(name="vnm_linear", grid=_grid, source=source("linear", *_TILE))
+
+
+@functools.cache
+def sparse_cores_template() -> Any:
+    """`x @ W.T` on sparse tensor cores."""
+    return GluonTemplate(name="vnm_sparse_cores", grid=_grid, source=source("sparse_cores"))
 
 
 @functools.cache
