@@ -87,8 +87,9 @@ class Built:
             assert_as_accurate_as_dense(*(tensor[..., ::step] for tensor in each))
 
     def spoil(self) -> None:
-        """Make every second row of the weight infinite: the others have nothing to do with it."""
-        self.inputs[1][1::2] = float("inf")
+        """Make every second row of the weight, or of its scales, infinite: the others have nothing to do with it."""
+        values_or_scales = next(each for each in self.inputs[1:] if each.is_floating_point())
+        values_or_scales[1::2] = float("inf")
 
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -212,9 +213,6 @@ HUNTED = (
     "gated",
     "gated, one token",
     "block",
-    "int8",
-    "int4, one token, tails",
-    "int4, gated",
     "sparse cores, odd groups",
     "sparse cores, two groups a product",
 )

@@ -46,7 +46,8 @@ def known_hazards(target: str) -> set[str]:
 @pytest.mark.parametrize(
     "which",
     with_slow(
-        ["odd groups on sm_80", "one token, tails on sm_120", "many tokens on sm_90"], {"one token, tails on sm_120"}
+        ["odd groups on sm_80", "one token, tails on sm_120", "many tokens on sm_90", "int4, fp16, tails on sm_80"],
+        {"one token, tails on sm_120"},
     ),
 )
 def test_rows_have_nothing_to_do_with_each_other(which):
