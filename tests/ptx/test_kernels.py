@@ -17,7 +17,7 @@ QUICK = {
     "one token, tails on sm_86",
     "gated, one token on sm_80",
     "block on sm_89",
-    "sparse cores, odd groups on sm_80",
+    "sparse cores, odd groups on sm_89",
     "sparse cores, wide columns on sm_86",
     "sparse cores, block on sm_89",
 }

@@ -59,9 +59,7 @@ def test_kernels_are_as_accurate_as_dense(case, dtype):
         assert_as_accurate_as_dense(run(x, *packed), F.linear(x, dense), expected)
 
 
-@pytest.mark.parametrize(
-    "dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16]), ids=str
-)
+@pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("case", ROUNDED, ids=lambda case: " ".join(case[:2]))
 def test_kernels_round_activations_as_they_say(case, dtype):
     kind, spec, out_features, in_features = case
@@ -223,8 +221,8 @@ def test_a_weight_that_is_quantised_anew_is_not_stale():
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("values", ["int8", "int4"])
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("values", with_slow(["int8", "int4"], ["int4"]))
+@pytest.mark.parametrize("target", with_slow(["sm_90", "gfx942"], ["sm_90"]))
 def test_kernels_for_gpus(values, target, tokens):
     """Every weight of a block has a kernel there, and nothing calls the reference, which unpacks."""
     with torch.no_grad():

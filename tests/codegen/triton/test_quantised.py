@@ -69,7 +69,7 @@ def test_every_way_to_store_values(interpreter, stored, dtype):
 
 
 @pytest.mark.parametrize("stored", ["int8/32", "int8/row", "int4/64", "int4/row"])
-@pytest.mark.parametrize("target", ["sm_80", "gfx942", "gfx1100"])
+@pytest.mark.parametrize("target", with_slow(["sm_80", "gfx942", "gfx1100"], {"gfx1100"}))
 def test_other_targets(interpreter, target, stored):
     for n, tokens, dtype in ((2, 1, torch.bfloat16), (2, 20, torch.float16), (1, 7, torch.bfloat16)):
         check(interpreter, layout_of(f"32:{n}:8", 100, 525, stored), tokens, dtype, target)
@@ -104,7 +104,7 @@ def test_very_many_patterns_and_sizes(interpreter, v, n, m, tokens, out_features
 
 @pytest.mark.parametrize("way", with_slow(["sm_90 2", "sm_90 1", "gfx942 2"], {"sm_90 2"}))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stored", ["int8/32", "int4/32", "int8/row", "int4/row"])
+@pytest.mark.parametrize("stored", with_slow(["int8/32", "int4/32", "int8/row", "int4/row"], {"int8/32", "int4/row"}))
 def test_every_level_is_what_it_stands_for(interpreter, stored, dtype, way):
     """All levels there are, and scales of all bits: what a single feature of 1 brings out is their product, rounded
     once."""
@@ -118,7 +118,7 @@ def test_every_level_is_what_it_stands_for(interpreter, stored, dtype, way):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("stored", ["int8/32", "int4/32", "int8/row", "int4/row"])
+@pytest.mark.parametrize("stored", with_slow(["int8/32", "int4/32", "int8/row", "int4/row"], {"int8/32", "int4/row"}))
 def test_every_level_with_one_token(interpreter, stored, dtype):
     layout = layout_of("16:2:4", 16, 256, stored)
     packed, weight = all_levels(layout, dtype)
@@ -164,7 +164,7 @@ def test_split_sums(interpreter, stored):
     expect(interpreter, generated, [x, *packed], F.linear(x, unpack(packed, layout)), exact)
 
 
-@pytest.mark.parametrize("stored", ["int8/32", "int4/64", "int4/row"])
+@pytest.mark.parametrize("stored", with_slow(["int8/32", "int4/64", "int4/row"], {"int4/64", "int4/row"}))
 @pytest.mark.parametrize("tokens", [1, 2, 50])
 def test_gated(interpreter, tokens, stored):
     layout = layout_of("32:2:8", 72, 532, stored)
