@@ -17,7 +17,7 @@ from vnm_compile.explanation.layer import COMPRESSED
 from vnm_compile.format import unpack
 from vnm_compile.layout import Layout
 from vnm_compile.ops import gated_linear, linear
-from vnm_compile.quantization import Quantization
+from vnm_compile.quantization import Quantization, rounded_activations
 from vnm_compile.tensor import VNMTensor
 
 CASES = [
@@ -80,6 +80,22 @@ def test_kernels_round_activations_as_they_say(case, dtype):
         assert_as_accurate_as_dense(linear(x, packed, layout), dense, expected)
         far = (run(x, *packed).double() - x.double() @ weight.T).norm() / (x.double() @ weight.T).norm()
         assert 1e-4 < far < 0.05  # rounded, and not by much
+
+
+@pytest.mark.parametrize("bits", [256, 1], ids=["AVX2", "portable"])
+@pytest.mark.parametrize(
+    "kind", with_slow(["int8/32", "int4/64", "int4/row/a8", "int8/64/a8"], ["int4/64", "int8/64/a8"])
+)
+def test_other_instruction_sets(kind, bits):
+    layout = Layout(vnm.Spec(32, 2, 5), 100, 203, Quantization.parse(kind))
+    packed = random_packed(layout, torch.bfloat16, torch.device("cpu"))
+    run = torch.compile(lambda x, *arrays: linear(x, arrays, layout), backend="vnm", options={"cpp.simdlen": bits})
+    dense, weight = unpack(packed, layout), exact(packed, layout)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 203).bfloat16()
+        given, step = rounded_activations(x) if layout.rounds else (x, torch.ones(()))
+        found = (F.linear(given.float(), dense.float()) * step).bfloat16()
+        assert_as_accurate_as_dense(run(x, *packed), found, given.double() @ weight.T * step.double())
 
 
 def test_tokens_that_cannot_be_rounded():
