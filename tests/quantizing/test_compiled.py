@@ -43,9 +43,7 @@ def exact(packed, layout):
     return unpack(packed.replaced(3, packed.scales.double()), layout)
 
 
-@pytest.mark.parametrize(
-    "dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.float32, torch.bfloat16]), ids=str
-)
+@pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[:2]))
 def test_kernels_are_as_accurate_as_dense(case, dtype):
     kind, spec, out_features, in_features = case
@@ -59,7 +57,7 @@ def test_kernels_are_as_accurate_as_dense(case, dtype):
         assert_as_accurate_as_dense(run(x, *packed), F.linear(x, dense), expected)
 
 
-@pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.float32]), ids=str)
 @pytest.mark.parametrize("case", ROUNDED, ids=lambda case: " ".join(case[:2]))
 def test_kernels_round_activations_as_they_say(case, dtype):
     kind, spec, out_features, in_features = case
