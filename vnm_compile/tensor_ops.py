@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vnm_compile._torch import in_transform, let_move, tree_leaves, tree_map_only, without_torch_function
 from vnm_compile.errors import RefusedWrite
 from vnm_compile.ops import linear
+from vnm_compile.quantization import rounded_activations
 from vnm_compile.read_only import ReadOnly, note_traced_views
 from vnm_compile.tensor import VNMTensor, compress, set_ops, write_refused
 from vnm_compile.validation import VALUE_DTYPES
@@ -69,8 +70,13 @@ def _traced(*operands: Any) -> bool:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, VNMTensor) or weight._transposed or isinstance(input, VNMTensor):
         return NotImplemented
-    rounds = weight.layout_of_arrays.rounds
-    if not rounds and (not _traced(weight) or (weight.requires_grad and torch.is_grad_enabled())):
+    rounds, trains = weight.layout_of_arrays.rounds, weight.requires_grad and torch.is_grad_enabled()
+    if rounds and trains:
+        # The gradient of the dense weight is asked for, at activations that are rounded; their own passes through.
+        levels, step = rounded_activations(input.detach())
+        given = input + ((levels * step).to(input.dtype) - input.detach())
+        return torch.nn.functional.linear(given, weight.to_dense(), bias)
+    if not rounds and (not _traced(weight) or trains):
         return NotImplemented
     if isinstance(bias, VNMTensor) or (bias is not None and bias.dim() > 1 and not rounds):
         return NotImplemented

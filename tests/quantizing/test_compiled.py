@@ -126,6 +126,25 @@ def test_derivatives_take_rounding_for_the_identity():
     torch.testing.assert_close(forward, tangent @ weight.T)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_weight_that_requires_grad_gets_one_at_rounded_activations(compiled):
+    torch.manual_seed(0)
+    net = make_sparse_(nn.Sequential(nn.Linear(64, 48)), "16:2:8").eval()
+    vnm.quantize(net, "int8", 32, activations="int8", progress=False)
+    weight, x = net[0].weight, torch.randn(40, 80)[3:15, 8:72].requires_grad_()
+    dense = weight.to_dense()
+    with torch.no_grad():
+        rounded = net(x)
+    weight.requires_grad_()
+    y = (torch.compile(net, backend="vnm") if compiled else net)(x)
+    torch.testing.assert_close(y.detach(), rounded)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    levels, step = rounded_activations(x.detach())
+    torch.testing.assert_close(weight.grad, grad.T @ (levels * step))
+    torch.testing.assert_close(x.grad, grad @ dense)
+
+
 @pytest.mark.parametrize("quantization", [Quantization(4, 32), Quantization(8, 32, 8)], ids=str)
 def test_gated_pairs(quantization):
     layout = Layout(vnm.Spec(16, 2, 8), 48, 72, quantization)

@@ -167,7 +167,7 @@ def _told(decision: str, reason: str, layout: Layout | None, device: str) -> tup
     """Decision and reason of a layer; of one with quantised values also how these are stored and computed with."""
     if layout is None or layout.quantization is None:
         return decision, reason
-    how = f"values as {layout.quantization.kind}/{layout.quantization.group or 'row'}"
+    how = f"values as {layout.exact.quantization}"
     how += ", activations rounded to int8" if layout.rounds else ""
     reason = reason.replace(COMPRESSED, f"{COMPRESSED}, {how}", 1)
     if layout.rounds and not device.startswith("cpu"):

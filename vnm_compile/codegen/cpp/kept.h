@@ -7,6 +7,10 @@ namespace vnm {
 
 #if defined(CPU_CAPABILITY_AVX512)
 
+// Of 32 kept activations the group.
+alignas(64) constexpr uint16_t kQuad[32] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
+                                            4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
+
 // `lanes` of two registers of x, by their places in it.
 inline __m512i pick(__mmask32 lanes, const float* x, int64_t width, __m512i places) {
   const auto low = static_cast<__mmask16>((uint64_t{1} << std::min<int64_t>(width, 16)) - 1);
@@ -33,19 +37,16 @@ inline bool gather_bytes(
   constexpr int64_t kRegister = 64;
   const int64_t together = std::min<int64_t>(kRegister / 4, 2 * kRegister / m);
   if (sizeof(C) != 1 || together == 0) return false;
-  alignas(64) static constexpr uint16_t kQuad[32] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
-                                                     4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
   const __m512i width_of_group = _mm512_set1_epi16(static_cast<int16_t>(m));
   const __m512i half = _mm512_mullo_epi16(_mm512_load_si512(kQuad), width_of_group);
   const __m512i other = _mm512_add_epi16(half, _mm512_slli_epi16(width_of_group, 3));
   const __m512i start =
       _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(half)), _mm512_cvtepi16_epi8(other), 1);
   const __m512i zero = _mm512_set1_epi8(static_cast<char>(kByteZero));
-  const auto first_of = [](int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; };
   for (int64_t g = 0; g < groups; g += together) {
-    const uint64_t lanes = first_of(4 * std::min(together, groups - g));
+    const __mmask64 lanes = first_lanes(4 * std::min(together, groups - g));
     const int64_t width = std::min(2 * kRegister, in_features - g * m);
-    const uint64_t low = first_of(std::max<int64_t>(width, 0)), high = first_of(std::max<int64_t>(width - kRegister, 0));
+    const __mmask64 low = first_lanes(width), high = first_lanes(width - kRegister);
     const __m512i places = _mm512_add_epi8(_mm512_maskz_loadu_epi8(lanes, columns + g * 4), start);
     for (int64_t t = 0; t < tokens; ++t) {
       const uint8_t* from = x + t * ldx + g * m;
@@ -76,8 +77,6 @@ inline void gather_kept(
     if (together > 0) {
       const auto places = [&](int64_t g, __mmask32 lanes) {
         if constexpr (sizeof(S) == 2) {
-          alignas(64) static constexpr uint16_t kQuad[32] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
-                                                             4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
           const __m512i start =
               _mm512_mullo_epi16(_mm512_load_si512(kQuad), _mm512_set1_epi16(static_cast<int16_t>(m)));
           return _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(lanes, columns + g * 4)), start);

@@ -6,18 +6,6 @@
 
 namespace vnm {
 
-inline Vec load_vector(const float* p) { return Vec::loadu(p); }
-inline Vec load_vector(const at::BFloat16* p) {
-  Vec result;
-  at::vec::load_fp32_from_bf16(p, result);
-  return result;
-}
-inline Vec load_vector(const at::Half* p) {
-  Vec result;
-  at::vec::load_fp32_from_fp16(p, result);
-  return result;
-}
-
 constexpr float kMostLevel = 127.f, kLeastMagnitude = 1e-30f;
 constexpr int32_t kByteZero = 128;
 

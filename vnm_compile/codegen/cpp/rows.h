@@ -97,15 +97,14 @@ inline __m512i level_pairs(const uint8_t* from, __mmask32 real) {
 #if defined(VNM_BYTE_QUADS)
 // 64 levels as bytes, of which the first `count` are real.
 inline __m512i level_bytes(const int8_t* from, int64_t count) {
-  return _mm512_maskz_loadu_epi8(count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1, from);
+  return _mm512_maskz_loadu_epi8(first_lanes(count), from);
 }
 inline __m512i level_bytes(const uint8_t* from, int64_t count) {
-  const uint64_t real = count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-  const auto bytes = static_cast<__mmask32>((uint64_t{1} << (std::min<int64_t>(count, 64) + 1) / 2) - 1);
+  const auto bytes = static_cast<__mmask32>(first_lanes((std::min<int64_t>(count, 64) + 1) / 2));
   const __m512i levels = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
   const __m512i both = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(bytes, from));
   const __m512i halves = _mm512_and_si512(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), _mm512_set1_epi8(15));
-  return _mm512_maskz_shuffle_epi8(real, levels, halves);
+  return _mm512_maskz_shuffle_epi8(first_lanes(count), levels, halves);
 }
 #endif
 

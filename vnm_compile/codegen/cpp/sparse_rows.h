@@ -31,6 +31,18 @@ namespace vnm {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 
+inline Vec load_vector(const float* p) { return Vec::loadu(p); }
+inline Vec load_vector(const at::BFloat16* p) {
+  Vec result;
+  at::vec::load_fp32_from_bf16(p, result);
+  return result;
+}
+inline Vec load_vector(const at::Half* p) {
+  Vec result;
+  at::vec::load_fp32_from_fp16(p, result);
+  return result;
+}
+
 struct Free {
   void operator()(float* p) const { std::free(p); }
 };
@@ -41,6 +53,13 @@ inline Buffer aligned_buffer(int64_t count) {
   const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
   return Buffer(static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
 }
+
+#if defined(VNM_BYTE_QUADS)
+// The first `count` of 64 lanes; none where that is negative.
+inline __mmask64 first_lanes(int64_t count) {
+  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << std::max<int64_t>(count, 0)) - 1;
+}
+#endif
 
 // Whether the two values of a group are multiplied together, by vdpbf16ps.
 #if defined(VNM_BF16_PAIRS)

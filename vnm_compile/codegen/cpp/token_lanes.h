@@ -8,7 +8,6 @@
 //     column g*M+c2  | | | | | | | |         (index 1)
 //     column g*M+c3  | | | | | | | |
 #pragma once
-#include "rounded.h"
 #include "rows.h"
 #include "sparse_rows.h"
 

@@ -156,7 +156,6 @@ def sparse_seconds(config: SparseConfig, shape: Shape, target: Target) -> float:
     latency = configs._STEP_CYCLES.get(config.stages - 1, configs._STEP_CYCLES_DEEP)
     step = max(resident * read, resident * (max(multiply, shared) + around) + latency)
 
-    spec = shape.spec
-    stored = shape.rows * shape.groups * (spec.n * (shape.dtype.itemsize + 0.25) + 4 / spec.v)
+    stored = shape.rows * shape.groups * (shape.group_bytes + 4 / shape.spec.v)
     extra = configs._LAUNCH_SECONDS + (configs._SUM_SECONDS if config.splits > 1 else 0)
     return extra + max(rounds * steps * step / target.clock, stored / (configs._OF_BANDWIDTH * target.bandwidth))
