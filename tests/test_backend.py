@@ -72,7 +72,8 @@ def test_a_process_that_imports_only_torch():
     assert result.stdout.strip() == "right", result.stderr
 
 
-@pytest.mark.parametrize("dynamic", with_slow([None, True, False], quick=[False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True, False])
 def test_shapes(dynamic):
     model = block()
     run = compiled(model, dynamic=dynamic, fullgraph=True)

@@ -44,7 +44,7 @@ def exact(packed, layout):
 
 
 @pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.bfloat16]), ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case[:2]))
+@pytest.mark.parametrize("case", with_slow(CASES, CASES[1::2]), ids=lambda case: " ".join(case[:2]))
 def test_kernels_are_as_accurate_as_dense(case, dtype):
     kind, spec, out_features, in_features = case
     layout = Layout(vnm.Spec.parse(spec), out_features, in_features, Quantization.parse(kind))
@@ -58,7 +58,7 @@ def test_kernels_are_as_accurate_as_dense(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", with_slow([torch.float32, torch.bfloat16, torch.float16], [torch.float32]), ids=str)
-@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: " ".join(case[:2]))
+@pytest.mark.parametrize("case", with_slow(ROUNDED, ROUNDED[:3]), ids=lambda case: " ".join(case[:2]))
 def test_kernels_round_activations_as_they_say(case, dtype):
     kind, spec, out_features, in_features = case
     layout = Layout(vnm.Spec.parse(spec), out_features, in_features, Quantization.parse(kind))
@@ -179,7 +179,7 @@ def block(values="int4", dtype=torch.float32):
     return net
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", with_slow(["int8", "int4"], ["int4"]))
 def test_a_block_compiles_and_is_explained(values):
     net = block(values)
     x = torch.randn(2, 5, 64)
@@ -222,6 +222,7 @@ def test_a_model_that_rounds_activations(tmp_path):
         vnm.quantize(make_sparse_(Block(), "16:2:8"), "int8", activations="int4", progress=False)
 
 
+@pytest.mark.slow
 def test_modes_of_torch():
     net = block("int8")
     compiled = torch.compile(net, backend="vnm")
@@ -253,7 +254,7 @@ def test_a_weight_that_is_quantised_anew_is_not_stale():
         torch.testing.assert_close(compiled(x), net(x))
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", with_slow([1, 4], [4]))
 @pytest.mark.parametrize("values", with_slow(["int8", "int4"], ["int4"]))
 @pytest.mark.parametrize("target", with_slow(["sm_90", "gfx942"], ["sm_90"]))
 def test_kernels_for_gpus(values, target, tokens):
