@@ -305,7 +305,9 @@ void block_times_tables(
   alignas(64) Kept<S, N> tables[kTableTokens * kStride] = {};
   const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows, total = groups * N;
   const auto tail = static_cast<__mmask16>(0xFFFF >> (vectors * kLaneRows - rows));
-  const int64_t calls = (tokens + kTableTokens - 1) / kTableTokens * ((vectors + 1) / 2) * kFetchPanels;
+  const int64_t sum = std::is_same_v<S, float> ? std::min(kSteps, longest_sum(in_features, N, m)) : kSteps;  // in steps
+  const int64_t calls =
+      (tokens + kTableTokens - 1) / kTableTokens * ((vectors + 1) / 2) * ((kSteps + sum - 1) / sum) * kFetchPanels;
   const auto distance = weight.ld * static_cast<int64_t>(sizeof(typename W::Stored));
   Fetch fetch{nullptr, distance, 0, (rows * kFetchLines + calls - 1) / calls};
   for (int64_t value = 0; value < total; value += kPanel) {
@@ -325,11 +327,13 @@ void block_times_tables(
       gather_kept(x + t * ldx + g * m, ldx, real, columns + g * 4, kept, m, in_features - g * m, tables, kStride);
       const auto multiply = [&](auto together, auto side, int64_t v) {
         constexpr int T = decltype(together)::value, V = decltype(side)::value;
-        rows_times_tables<S, N, T, V, W::kGroup != kNone>(
-            tables, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[0][v]), scales + v * kLaneRows,
-            starts + v * kLaneRows, steps, value > 0, v + V == vectors ? tail : 0xFFFF, real,
-            tile + t * ldt + v * kLaneRows, ldt, fetch);
-        fetch.first += fetch.count;
+        for (int64_t s = 0; s < steps; s += sum) {
+          rows_times_tables<S, N, T, V, W::kGroup != kNone>(
+              tables + s * kValues / N * 4, reinterpret_cast<const LaneStep(*)[kLaneVectors]>(&panel[s][v]),
+              scales + v * kLaneRows, starts + v * kLaneRows, std::min(sum, steps - s), value + s > 0,
+              v + V == vectors ? tail : 0xFFFF, real, tile + t * ldt + v * kLaneRows, ldt, fetch);
+          fetch.first += fetch.count;
+        }
       };
       int64_t v = 0;
       for (; v + 2 <= vectors; v += 2) real > 4 ? multiply(Is<8>(), Is<2>(), v) : multiply(Is<4>(), Is<2>(), v);

@@ -121,6 +121,16 @@ inline __m512i step_index(uint32_t codes) {
 // A step: 16 values of a row, which is 8 groups where N is 2 and 16 where it is 1, and 4 bytes of metadata.
 constexpr int64_t kStep = 16;
 
+// How many products of fp32, a multiple of 8, are added up before their sum is added to that of the ones before. Every
+// addition rounds, and dense kernels add up in blocks (MKL in as few of equal width as have no more than kDenseColumns).
+// Sums of no more products than such a block has kept values, or than there are blocks, round no worse.
+constexpr int64_t kDenseColumns = 192;
+constexpr int64_t longest_sum(int64_t in_features, int64_t n, int64_t m) {
+  const int64_t blocks = (in_features + kDenseColumns - 1) / kDenseColumns;
+  const int64_t kept = (in_features + blocks - 1) / blocks * n / m;
+  return std::max<int64_t>(8, std::max(kept, blocks) / 8 * 8);
+}
+
 // Rows of a tile, at most.
 constexpr int64_t kMostRows = 64;
 

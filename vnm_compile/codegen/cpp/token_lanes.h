@@ -103,8 +103,8 @@ inline void unpack_step(
   }
 }
 
-// acc [R][ld] += one step of R rows, for NV vectors of tokens; weights and rows [R][kStep].
-template <int NV, int R>
+// acc [R][ld] += the sum of Sum values of R rows, for NV vectors of tokens; weights and rows [R][kStep].
+template <int NV, int R, int Sum>
 inline void rows_times_tokens(const float* xt, const float* weights, const int32_t* rows, float* acc, int64_t ld) {
   Vec sum[R][NV];
 #pragma GCC unroll 8
@@ -112,7 +112,7 @@ inline void rows_times_tokens(const float* xt, const float* weights, const int32
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) sum[r][v] = Vec(0.f);
 #pragma GCC unroll 4
-  for (int i = 0; i < kStep; ++i) {
+  for (int i = 0; i < Sum; ++i) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const float* row = xt + rows[r * kStep + i];
@@ -131,12 +131,12 @@ inline void rows_times_tokens(const float* xt, const float* weights, const int32
 }
 
 // As block_times_tokens, a value at a time. NV vectors of tokens.
-template <int N, int NV, typename W>
+template <int N, int Sum, int NV, typename W>
 inline void block_times_tokens_by_values(
     const float* xt, const int32_t* offsets, int32_t zero_row, const W& weight, const uint8_t* metadata, int64_t ldm,
     int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
   // Sums of sums of sums, so that they round no worse than those of a dense kernel, which also adds up in blocks: in
-  // registers over a step, in `part` over kPart of them, then in `acc`. A step keeps so few rows of tokens that these stay
+  // registers over a step, or a half of one, in `part` over kPart of them, then in `acc`. A step keeps so few rows of tokens that these stay
   // in the L1 cache while all rows of the weight pass over them.
   constexpr int64_t kPart = 8;
   // Rows at a time: enough independent sums to hide the latency of an FMA, and not more than there are registers.
@@ -160,10 +160,13 @@ inline void block_times_tokens_by_values(
             zero_row, weights + r * kStep, places + r * kStep);
       }
       int64_t r = 0;
-      for (; r + R <= rows; r += R)
-        rows_times_tokens<NV, R>(xt, weights + r * kStep, places + r * kStep, to + r * ld, ld);
-      for (; r < rows; ++r)
-        rows_times_tokens<NV, 1>(xt, weights + r * kStep, places + r * kStep, to + r * ld, ld);
+      const auto add = [&](auto together) {
+        for (int i = 0; i < kStep; i += Sum)
+          rows_times_tokens<NV, decltype(together)::value, Sum>(
+              xt, weights + r * kStep + i, places + r * kStep + i, to + r * ld, ld);
+      };
+      for (; r + R <= rows; r += R) add(Is<R>());
+      for (; r < rows; ++r) add(Is<1>());
     }
     if (first > 0)
       for (int64_t i = 0; i < rows * ld; i += kLanes) (Vec::loadu(acc + i) + Vec::loadu(part + i)).store(acc + i);
@@ -174,13 +177,14 @@ inline void block_times_tokens_by_values(
 // Tokens in a tile, at most: as many sums as fit into the registers for two rows.
 constexpr int64_t kTokenLanesTokens = 4 * kLanes;
 
-// tile [tokens][ldt] = x @ rows.T for up to kMostRows rows of one block; acc [2][rows][ld] is scratch.
-template <int N, typename W>
+// tile [tokens][ldt] = x @ rows.T for up to kMostRows rows of one block; acc [2][rows][ld] is scratch. Of Sum values, all or a
+// half of a step, sums are added up.
+template <int N, int Sum, typename W>
 inline void block_times_tokens(
     const float* xt, const int32_t* offsets, int32_t zero_row, const W& weight, const uint8_t* metadata, int64_t ldm,
     int64_t groups, int64_t rows, int64_t tokens, float* acc, int64_t ld, float* tile, int64_t ldt) {
   const auto by_values = [&](auto vectors) {
-    block_times_tokens_by_values<N, decltype(vectors)::value>(
+    block_times_tokens_by_values<N, Sum, decltype(vectors)::value>(
         xt, offsets, zero_row, weight, metadata, ldm, groups, rows, tokens, acc, ld, tile, ldt);
   };
   switch ((tokens + kLanes - 1) / kLanes) {
