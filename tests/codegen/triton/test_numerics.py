@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.codegen.triton.cases import arrays, case, expect, plain
+from tests.codegen.triton.cases import arrays, case, dense_layer, expect, plain
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import generate
 from vnm_compile.codegen.triton.prepack import AlignedRows
@@ -47,7 +47,7 @@ def test_every_pattern_dtype_and_tail(interpreter, spec, dtype):
         generated = generate(plain(pattern, out_features, in_features), [x, *packed], "sm_90", static=(1, 2, 3))
         assert not [name for name, _ in generated.library_calls if "vnm" in name], "a kernel, and not the reference"
         exact = F.linear(x.double(), weight.double())
-        expect(interpreter, generated, [x, *packed], F.linear(x, weight), exact)
+        expect(interpreter, generated, [x, *packed], dense_layer(x, weight), exact)
 
 
 ANY = {
@@ -81,7 +81,7 @@ def any_pattern_and_size(interpreter, v, n, m, tokens, out_features, in_features
     pattern, x, packed, weight = case(f"{v}:{n}:{m}", tokens, out_features, in_features, dtype)
     generated = generate(plain(pattern, out_features, in_features), [x, *packed], target, static=(1, 2, 3))
     exact = F.linear(x.double(), weight.double())
-    expect(interpreter, generated, [x, *packed], F.linear(x, weight), exact)
+    expect(interpreter, generated, [x, *packed], dense_layer(x, weight), exact)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

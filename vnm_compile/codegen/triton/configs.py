@@ -96,13 +96,29 @@ class Config:
         tiles = 2 if shape.gated else 1
         return tiles * ((depth + 1) * activation + depth * (weight + 16 * self.block_g)) + expanded
 
+    def tiles(self, shape: Shape) -> int:
+        """Programs of a launch."""
+        return -(-shape.rows // self.block_o) * -(-shape.tokens // self.block_t) * self.splits
+
+    def steps(self, shape: Shape) -> int:
+        """Rounds of a tile's loop over groups."""
+        groups = -(-shape.groups // self.splits)
+        return -(-groups // self.block_g)
+
+    def step_bytes(self, shape: Shape) -> float:
+        """What a step of a tile reads from L2: weights and kept activations."""
+        weight = self.block_o * self.block_g * shape.group_bytes
+        activations = KEPT_COLUMNS * self.block_g * self.block_t * shape.dtype.itemsize
+        return (2 if shape.gated else 1) * (weight + activations)
+
     def registers(self, shape: Shape, warp_size: int = 32) -> int:
         """32-bit registers of a thread: accumulators, the expanded tile, addresses of the loads, and what is around."""
         threads = warp_size * self.warps
         accumulators = self.block_o * self.block_t * (2 if shape.gated else 1)
         expanded = self.block_o * KEPT_COLUMNS * self.block_g * shape.dtype.itemsize // 4
         loads = KEPT_COLUMNS * self.block_g * self.block_t * shape.dtype.itemsize // 16
-        return 40 + (accumulators + expanded + 2 * loads) // threads
+        levels = 12 if shape.quantization else 0  # measured: they pass through registers on their way
+        return 40 + levels + (accumulators + expanded + 2 * loads) // threads
 
 
 def configurations(shape: Shape, target: Target) -> list[Config]:
@@ -267,8 +283,7 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     """
     weights = 2 if shape.gated else 1
     threads = target.warp_size * config.warps
-    tiles = -(-shape.rows // config.block_o) * -(-shape.tokens // config.block_t) * config.splits
-    share = -(-tiles // target.multiprocessors)  # tiles of the busiest multiprocessor
+    share = -(-config.tiles(shape) // target.multiprocessors)  # tiles of the busiest multiprocessor
     resident = min(
         share,
         target.shared_bytes // config.shared_bytes(shape),
@@ -277,8 +292,6 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     )
     resident = max(1, resident)
     rounds = (-(-share // resident) + max(1.0, share / resident)) / 2  # the last is as short as it is empty
-    groups = -(-shape.groups // config.splits)
-    steps = -(-groups // config.block_g)
     terms = KEPT_COLUMNS * config.block_g
     rate = target.peak_flops(shape.dtype, allows_tf32()) / target.multiprocessors / target.clock
     multiply = 2 * config.block_o * config.block_t * terms / rate
@@ -287,14 +300,23 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     each = (_EXPAND_DIRECT if direct else _EXPAND) + _dequantise(shape, target)
     expand = each * config.block_o * terms * repeated / _LANES
     gather = _GATHER * terms * max(1, config.block_t * shape.dtype.itemsize // 16) / _LANES
-    weight = config.block_o * config.block_g * shape.group_bytes
-    read = (weight + terms * config.block_t * shape.dtype.itemsize) / target.cache_bytes
+    read = config.step_bytes(shape) / target.cache_bytes
     latency = _STEP_CYCLES.get((config.stages - 1) // 2, _STEP_CYCLES_DEEP)
-    step = max(resident * weights * read, resident * weights * (multiply + expand + gather) + latency)
-
-    stored = weights * shape.rows * shape.groups * (shape.group_bytes + 4 / shape.spec.v)
+    step = max(resident * read, resident * weights * (multiply + expand + gather) + latency)
     extra = _LAUNCH_SECONDS + (_SUM_SECONDS if config.splits > 1 else 0)
-    return extra + max(rounds * steps * step / target.clock, stored / (_OF_BANDWIDTH * target.bandwidth))
+    return extra + max(rounds * config.steps(shape) * step / target.clock, memory_seconds(shape, target))
+
+
+def vector_seconds(shape: Shape, target: Target) -> float:
+    """Estimated time of the kernels for one token: they wait for the weight."""
+    return _LAUNCH_SECONDS + memory_seconds(shape, target)
+
+
+def memory_seconds(shape: Shape, target: Target) -> float:
+    """What reading the weight takes at the bandwidth that such kernels reach."""
+    weights = 2 if shape.gated else 1
+    stored = weights * shape.rows * shape.groups * (shape.group_bytes + 4 / shape.spec.v)
+    return stored / (_OF_BANDWIDTH * target.bandwidth)
 
 
 def _dequantise(shape: Shape, target: Target) -> int:

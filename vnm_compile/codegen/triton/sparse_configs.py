@@ -40,7 +40,7 @@ class SparseConfig(Config):
         """Warps along the tokens of a tile."""
         return self.warps // self.warps_o
 
-    def tile_bytes(self, shape: Shape) -> int:
+    def step_bytes(self, shape: Shape) -> int:
         """What a step copies: kept rows of the activations, values and indices."""
         activations = KEPT_COLUMNS * self.block_g * self.block_t * shape.dtype.itemsize
         group = shape.spec.n * (8 * shape.dtype.itemsize + 2)  # bits
@@ -48,7 +48,7 @@ class SparseConfig(Config):
 
     def shared_bytes(self, shape: Shape) -> int:
         """The ring of tiles, or what the accumulators change threads in before they are stored."""
-        return max(self.stages * self.tile_bytes(shape), 4 * self.block_o * self.block_t)
+        return max(self.stages * self.step_bytes(shape), 4 * self.block_o * self.block_t)
 
     def registers(self, shape: Shape, warp_size: int = 32) -> int:
         """32-bit registers of a thread: accumulators, fragments, and two of an address for each 16 bytes it copies."""
@@ -58,7 +58,7 @@ class SparseConfig(Config):
 
     def copies(self, shape: Shape) -> int:
         """How often a thread copies 16 bytes in a step."""
-        return -(-self.tile_bytes(shape) // (16 * 32 * self.warps))
+        return -(-self.step_bytes(shape) // (16 * 32 * self.warps))
 
 
 def sparse_configurations(shape: Shape, target: Target) -> list[SparseConfig]:
@@ -132,8 +132,7 @@ def sparse_seconds(config: SparseConfig, shape: Shape, target: Target) -> float:
     memory, which every warp reads its part of both operands from.
     """
     threads = 32 * config.warps
-    tiles = -(-shape.rows // config.block_o) * -(-shape.tokens // config.block_t) * config.splits
-    share = -(-tiles // target.multiprocessors)  # tiles of the busiest multiprocessor
+    share = -(-config.tiles(shape) // target.multiprocessors)  # tiles of the busiest multiprocessor
     resident = min(
         share,
         target.shared_bytes // config.shared_bytes(shape),
@@ -142,20 +141,16 @@ def sparse_seconds(config: SparseConfig, shape: Shape, target: Target) -> float:
     )
     resident = max(1, resident)
     rounds = (-(-share // resident) + max(1.0, share / resident)) / 2  # the last is as short as it is empty
-    groups = -(-shape.groups // config.splits)
-    steps = -(-groups // config.block_g)
     terms = KEPT_COLUMNS * config.block_g
     rate = target.sparse_flops / target.multiprocessors / target.clock
     multiply = 2 * config.block_o * config.block_t * terms / rate
     fragments = config.block_o * config.warps_t // 2 + config.block_t * config.warps_o  # elements of a term
-    shared = (fragments * terms * shape.dtype.itemsize + config.tile_bytes(shape)) / _SHARED_BYTES_A_CYCLE
+    shared = (fragments * terms * shape.dtype.itemsize + config.step_bytes(shape)) / _SHARED_BYTES_A_CYCLE
     around = config.warps * (_INSTRUCTIONS + _COPY * config.copies(shape)) * 32 / configs._LANES
     if shape.spec.n == 1:
         around += _DIVIDE * config.block_o * config.block_g // 2 * config.warps_t / configs._LANES
-    read = config.tile_bytes(shape) / target.cache_bytes
+    read = config.step_bytes(shape) / target.cache_bytes
     latency = configs._STEP_CYCLES.get(config.stages - 1, configs._STEP_CYCLES_DEEP)
     step = max(resident * read, resident * (max(multiply, shared) + around) + latency)
-
-    stored = shape.rows * shape.groups * (shape.group_bytes + 4 / shape.spec.v)
     extra = configs._LAUNCH_SECONDS + (configs._SUM_SECONDS if config.splits > 1 else 0)
-    return extra + max(rounds * steps * step / target.clock, stored / (configs._OF_BANDWIDTH * target.bandwidth))
+    return extra + max(rounds * config.steps(shape) * step / target.clock, configs.memory_seconds(shape, target))
