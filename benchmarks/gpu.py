@@ -342,11 +342,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=480, help="stop measuring after so long")
     parser.add_argument("--dry-run", action="store_true", help="compile the kernels for --target, run nothing")
     parser.add_argument("--target", default="sm_90", help="of the dry run")
+    parser.add_argument("--estimate", action="store_true", help="print what the static model expects of every card")
+    parser.add_argument("--write", action="store_true", help="estimates into benchmarks/results and the docs")
     options = parser.parse_args(arguments)
     sections = options.sections.split(",")
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if options.estimate:
+        from benchmarks import gpu_estimate
+
+        print(gpu_estimate.run(options.write))
+        return 0
     if options.dry_run:
         lines = list(dry_run(options.target))
         print(table(("case", "pattern", "T", "tile", "registers", "spills", "shared", "floor us"), lines))

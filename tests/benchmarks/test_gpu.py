@@ -7,9 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_models, gpu_timing
+from benchmarks import gpu, gpu_cases, gpu_estimate, gpu_models, gpu_timing
 from benchmarks.blocks import EncoderBlock, LlamaBlock
 from benchmarks.gpu_cases import LARGE, TARGETS, TOKENS, Case
+from benchmarks.report import ROOT
+from vnm_compile.hardware import TARGETS as TARGET_CARDS
 from vnm_compile.spec import Spec
 
 
@@ -131,3 +133,24 @@ def test_dry_run(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert all(line.split()[-3] == "0" for line in lines[1:])  # spills
+
+
+def test_estimates():
+    found = list(gpu_estimate.estimates([TARGET_CARDS["sm_80"]]))
+    assert {(each.spec, each.tokens) for each in found} == {(spec, t) for spec in gpu_cases.SPECS for t in TOKENS}
+    assert all(each.ratio > 0.3 for each in found)
+    table = gpu_estimate.table(found)
+    assert len(table.splitlines()) == 2 + len(TARGETS) + len(TARGETS)
+    assert "| A100-SXM4-80GB | 8 |" in table
+
+
+def test_estimates_are_near_what_was_timed_on_an_h200():
+    pairs = gpu_estimate.held_against_h200()
+    assert len(pairs) > 15
+    for case, (measured, estimated) in pairs.items():
+        assert 0.7 < estimated / measured < 1.35, case
+
+
+def test_the_estimates_of_the_docs_are_those_of_the_model():
+    """docs/performance.md has what `python -m benchmarks.gpu --estimate --write` writes."""
+    assert gpu_estimate.run(write=False) in (ROOT / "docs" / "performance.md").read_text()

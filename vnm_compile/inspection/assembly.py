@@ -49,7 +49,7 @@ def count_instructions(assembly: str, loop_only: bool = False) -> Instructions:
     """
     lines: Sequence[str] = assembly.splitlines()
     if loop_only:
-        lines = _hot_loop(lines)
+        lines = hot_loop(lines)
     names = Counter(_instructions(lines))
     loads: Counter[int] = Counter()
     for name, times in names.items():
@@ -79,7 +79,7 @@ def _load_width(name: str) -> int | None:
     return _AMD_WIDTHS.get(found[1]) if found else None
 
 
-def _hot_loop(lines: Sequence[str]) -> Sequence[str]:
+def hot_loop(lines: Sequence[str]) -> Sequence[str]:
     """The smallest loop with tensor-core instructions; without one the largest; nothing where no loop is."""
     labels: dict[str, int] = {}
     loops: list[Sequence[str]] = []

@@ -11,6 +11,7 @@ import torch
 
 from vnm_compile.codegen.generate import GeneratedKernel
 from vnm_compile.hardware import Target, allows_tf32
+from vnm_compile.inspection.account import Account, account_of
 from vnm_compile.inspection.assembly import Instructions, count_instructions
 from vnm_compile.inspection.machine_code import MachineCode
 
@@ -100,6 +101,14 @@ class Kernel:
         """Floating-point operations of its matrix products, as carried out; in T as `bytes_moved`."""
         return self._per_token(self.schedule.flops)
 
+    @cached_property
+    def account(self) -> Account | None:
+        """Instructions by pipe, traffic, and which of them bounds it; None but for kernels of our GPU templates."""
+        if self.code is None or self._target is None or "R" not in self.config:
+            return None
+        moved = round(self.at_tokens(self.bytes_moved))
+        return account_of(self.schedule, self.code, moved, self._target)
+
     @property
     def peak_flops(self) -> float | None:
         """The target's flop/s for its products: of sparse tensor cores, where it multiplies on them, zeros counted."""
@@ -146,6 +155,7 @@ class Kernel:
             if counted is not None:
                 result[part] = {"total": counted.total, "tensor_core": counted.tensor_core}
                 result[part] |= {"sparse": counted.sparse, "loads": counted.loads, "names": counted.names}
+        result["account"] = self.account.to_dict() if self.account else None
         return result
 
     def _per_token(self, total: int) -> sympy.Expr:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class KernelReport(Printed):
     """`print` it, or take `.kernels`, `.library_calls`, `.explanation`, `.wrappers`; `.save(folder)` writes files."""
 
-    least_width = 160
+    least_width = 175
 
     def __init__(
         self,

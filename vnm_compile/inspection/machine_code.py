@@ -19,6 +19,8 @@ from vnm_compile.hardware import Target
 _PASSED_ON = ("enable_fp_fusion",)
 """What Inductor hands from a kernel's file to the compiler, besides warps and stages."""
 
+_ENCODING = re.compile(r"\s*/\* 0x[0-9a-f]{16} \*/$")
+
 
 @dataclass(frozen=True)
 class MachineCode:
@@ -28,6 +30,8 @@ class MachineCode:
         ttir: Triton's own code, before it knows of threads; of Gluon's kernels, which say where threads are, with them.
         intermediate: PTX for NVIDIA, amdgcn assembly for AMD.
         assembly: SASS for NVIDIA, amdgcn assembly for AMD.
+        encoded: SASS with every instruction's encoding beside it, which holds what the compiler tells the schedulers;
+            None for AMD.
         binary: cubin or hsaco.
         registers: 32-bit registers of a thread.
         spills: bytes of a thread's registers that go to memory and back.
@@ -38,6 +42,7 @@ class MachineCode:
     ttir: str
     intermediate: str
     assembly: str
+    encoded: str | None
     binary: bytes
     registers: int
     spills: int
@@ -75,16 +80,18 @@ def compile_kernel(source: str, name: str, target: Target) -> MachineCode:
     if target.backend == "hip":
         text, binary = compiled.asm["amdgcn"], compiled.asm["hsaco"]
         return MachineCode(
-            compiled.asm["ttir"], text, text, binary, *_amd_resources(text, target.warp_size), shared, used
+            compiled.asm["ttir"], text, text, None, binary, *_amd_resources(text, target.warp_size), shared, used
         )
     binary = compiled.asm["cubin"]
-    sass, usage = _disassemble(binary)
+    encoded, usage = _disassemble(binary)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resources of {name}: {usage}")
     asm = compiled.asm
     ttir = asm["ttir" if "ttir" in asm else "ttgir"]
-    return MachineCode(ttir, asm["ptx"], sass, binary, int(found[1]), int(found[2]), shared, used)
+    return MachineCode(
+        ttir, asm["ptx"], _without_encoding(encoded), encoded, binary, int(found[1]), int(found[2]), shared, used
+    )
 
 
 @contextmanager
@@ -106,7 +113,7 @@ def loaded(source: str) -> Iterator[ModuleType]:
 
 
 def _disassemble(binary: bytes) -> tuple[str, str]:
-    """SASS of a cubin and the line of its resources, from the tools that Triton's wheel carries."""
+    """SASS of a cubin, with encodings, and the line of its resources, from the tools that Triton's wheel carries."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +124,13 @@ def _disassemble(binary: bytes) -> tuple[str, str]:
             command = [tool.path, *options, str(path)]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        return run(knobs.nvidia.nvdisasm, "-c"), run(knobs.nvidia.cuobjdump, "--dump-resource-usage")
+        return run(knobs.nvidia.nvdisasm, "-c", "-hex"), run(knobs.nvidia.cuobjdump, "--dump-resource-usage")
+
+
+def _without_encoding(encoded: str) -> str:
+    """What nvdisasm prints without `-hex`: an instruction's first word stands behind it, its second on its own line."""
+    stripped = ((line, _ENCODING.sub("", line)) for line in encoded.split("\n"))
+    return "\n".join(plain for line, plain in stripped if plain == line or plain.strip())
 
 
 def _amd_resources(text: str, warp_size: int) -> tuple[int, int]:

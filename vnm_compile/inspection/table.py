@@ -21,9 +21,10 @@ def kernels_table(kernels: Sequence[Kernel], target: Target | None) -> Table:
 
     where = f"{target.name} ({target.card})" if target else "this machine's CPU"
     table = Table(title=f"kernels for {where}", title_justify="left", expand=False)
-    table.add_column("kernel", overflow="fold", max_width=40)
-    table.add_column("computes", overflow="fold", max_width=32)
-    for column in ("runs", "registers", "spills", "shared", "tensor core", "loads by bytes", "MB", "floor us"):
+    table.add_column("kernel", overflow="fold", max_width=34)
+    table.add_column("computes", overflow="fold", max_width=28)
+    machine = ("registers", "spills", "shared", "tensor core", "loads by bytes")
+    for column in ("runs", *machine, "MB", "floor us", "bound by", "estimate us"):
         table.add_column(column, justify="right", no_wrap=True)
     for kernel in kernels:
         table.add_row(*_row(kernel))
@@ -51,8 +52,10 @@ def _row(kernel: Kernel) -> list[str | Text]:
             loads,
         ]
     time = f"{floor * 1e6:.2f}" if floor is not None else ""
+    account = kernel.account
+    told = [account.bound, f"{account.estimate * 1e6:.1f}"] if account else ["", ""]
     ops = Text(printable(_short(kernel.fused_ops)))
-    return [Text(printable(kernel.name)), ops, str(kernel.launches), *machine, f"{moved:.2f}", time]
+    return [Text(printable(kernel.name)), ops, str(kernel.launches), *machine, f"{moved:.2f}", time, *told]
 
 
 def _tensor_core(counted: Instructions) -> str:
