@@ -90,7 +90,7 @@ FORBIDDEN = {
         "vnm_compile.cli",
     ],
     "quantization.py": ["vnm_compile.format", "vnm_compile.layout", "vnm_compile.quantizing"],
-    "selection": ["vnm_compile.passes", "vnm_compile.codegen", "vnm_compile.backend"],
+    "selection": ["vnm_compile.passes", "vnm_compile.backend", "vnm_compile.codegen.inductor"],
     "cli": ["vnm_compile.passes", "vnm_compile.codegen"],
     # Records know nothing of how they are shown.
     "explanation/layer.py": ["rich", "vnm_compile.printing", "vnm_compile.explanation"],

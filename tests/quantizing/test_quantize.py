@@ -238,3 +238,25 @@ def test_mistakes_are_named_and_nothing_is_changed(name):
         held = value.to_dense() if isinstance(value, VNMTensor) else value
         told = before[key].to_dense() if isinstance(value, VNMTensor) else before[key]
         torch.testing.assert_close(held, told, equal_nan=True)
+
+
+def test_together_with_pruning():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32))
+    batches = [torch.randn(32, 64) for _ in range(2)]
+    one, two = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = vnm.sparsify(one, "16:2:8", "wanda", calibration=batches, values="int4", group=32, progress=False)
+    vnm.sparsify(two, "16:2:8", "wanda", calibration=batches, progress=False)
+    found = vnm.quantize(two, "int4", 32, calibration=batches, progress=False)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(
+            a.to_dense() if isinstance(a, vnm.VNMTensor) else a, b.to_dense() if isinstance(b, vnm.VNMTensor) else b
+        )
+    assert report.quantized.to_dict() == found.to_dict()
+    assert "int4/32" in str(report)
+    before = copy.deepcopy(dense.state_dict())
+    for options in ({"values": "int7"}, {"values": "int8", "group": 48}):
+        with pytest.raises(vnm.VNMError):
+            vnm.sparsify(dense, "16:2:8", **options, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert vnm.sparsify(dense, "16:2:8", progress=False).quantized is None

@@ -91,3 +91,34 @@ def test_the_command_with_text(tmp_path):
     run("quantize", tmp_path / "sparse", "--values", "int4", *calibration, "--out", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "quantising.json").read_text())
     assert all(0 < layer["output_error"] < 0.2 for layer in report["layers"])
+
+
+def test_rounded_while_it_is_read(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "sparse")
+    config = integration.VnmConfig(values="int4", group=32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "sparse", quantization_config=config)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "sparse", quantization_config=integration.VnmConfig())
+    vnm.quantize(expected, "int4", 32, progress=False)
+    ids = torch.randint(200, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    model.save_pretrained(tmp_path / "again")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
+    assert str(again.model.layers[0].mlp.up_proj.weight.quantization) == "int4/32"
+    with pytest.raises(vnm.VNMError, match="int5"):
+        integration.VnmConfig(values="int5")
+
+
+def test_pruned_and_quantised_by_one_command(llama, tmp_path):
+    vnm.decompress_model(llama)
+    llama.save_pretrained(tmp_path / "dense")
+    out = tmp_path / "out"
+    shown = run("prune", tmp_path / "dense", "--spec", "16:2:8", "--values", "int8", "--group", "row", "--out", out)
+    assert "int8/row" in shown
+    report = json.loads((out / "pruning.json").read_text())
+    assert report["quantized"]["totals"]["layers"] == len(report["layers"]) == 14
+    loaded = LlamaForCausalLM.from_pretrained(out)
+    assert str(loaded.model.layers[1].self_attn.q_proj.weight.quantization) == "int8/row"
+    clash = run("prune", tmp_path / "dense", "--spec", "16:2:8", "--values", "int8", "--dense", "--out", out, code=1)
+    assert "--dense" in clash
+    assert "int3" in run("prune", tmp_path / "dense", "--spec", "16:2:8", "--values", "int3", "--out", "x", code=1)

@@ -12,10 +12,12 @@ from torch import nn
 import vnm_compile as vnm
 from vnm_compile.cost import CostModel
 from vnm_compile.layout import Layout
+from vnm_compile.problem import Failure, Timing
 from vnm_compile.selection import Trial
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.spec import Spec
 
+SIZES = [(128, 64), (64, 128)]  # of the layers below that are large enough
 CANDIDATES = ["16:2:5", "32:2:8", "16:2:8", "16:2:16", "32:2:32"]
 
 
@@ -139,3 +141,47 @@ def test_mistakes():
     quantised[0].weight = nn.Parameter(torch.zeros(128, 64, dtype=torch.int8), requires_grad=False)
     with pytest.raises(vnm.VNMError, match=r"^0: its weight is torch.int8"):
         vnm.select_spec(quantised, 2.0)
+
+
+def test_as_this_machine_takes_them(monkeypatch):
+    """`seconds="measured"`: the kernels' times, once for each size and pattern, and for the values asked for."""
+    asked = []
+
+    def timed(problems):
+        asked.extend(problems)
+        layouts = [problem.layout for problem in problems]
+        return [Timing(by_density(each.out_features, each.in_features, each.spec), 2.0e4) for each in layouts]
+
+    def use(measure):
+        monkeypatch.setattr("vnm_compile.selection.measured.measure", measure)
+
+    use(timed)
+    dense = model()
+    found = vnm.select_spec(
+        dense, 2.0, CANDIDATES, seconds="measured", tokens=16, values="int8", group=32, progress=False
+    )
+    assert {(each.tokens, str(each.layout.quantization)) for each in asked} == {(16, "int8/32")}
+    assert len(asked) == len(set(asked)) == 2 * len(CANDIDATES)  # the third layer is too small for all of them
+    rows = {row.spec: row for row in found.candidates}
+    small = 4.0e4 * CostModel.on("cpu", 8, 64, None, torch.float32).time_at(16, sparse=False)
+    small /= sum(CostModel.on("cpu", *size, None, torch.float32).time_at(16, sparse=False) for size in SIZES)
+    assert rows["16:2:8"].speedup == pytest.approx((4.0e4 + small) / (2 * 64 * 128 / 4 + small))
+    use(lambda problems: [None] * len(problems))
+    with pytest.raises(vnm.VNMError, match="no kernel"):
+        vnm.select_spec(dense, 2.0, CANDIDATES, seconds="measured", progress=False)
+    use(lambda problems: [Failure("no memory")] * len(problems))
+    with pytest.raises(vnm.VNMError, match="no memory"):
+        vnm.select_spec(dense, 2.0, CANDIDATES, seconds="measured", progress=False)
+    with pytest.raises(vnm.VNMError, match="measured"):
+        vnm.select_spec(dense, 2.0, CANDIDATES, seconds="timed", progress=False)
+
+
+def test_measured_for_real():
+    net = nn.Sequential(nn.Linear(256, 256)).eval()
+    found = vnm.select_spec(net, 0.001, ["16:2:8", "64:2:8"], seconds="measured", progress=False)
+    assert all(row.speedup > 0 for row in found.candidates)
+
+
+def test_values_change_the_speed():
+    plain, small = (vnm.select_spec(model(), 1.0, ["16:2:8"], values=values) for values in (None, "int4"))
+    assert small.chosen.speedup > plain.chosen.speedup

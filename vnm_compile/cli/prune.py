@@ -13,7 +13,10 @@ from vnm_compile.cli.inputs import load_batches
 from vnm_compile.cli.method import method_with_options
 from vnm_compile.cli.models import Force, ModelDirectory, Out, PassageLength, PassagesAtOnce, Samples, Selectors
 from vnm_compile.cli.output import check_output, write_model
+from vnm_compile.cli.quantize import group_size
 from vnm_compile.cli.shown import JSON, became, echo, sizes, working
+from vnm_compile.errors import BadOption
+from vnm_compile.quantization import GROUPS, VALUE_KINDS, Quantization
 from vnm_compile.spec import Spec
 
 REPORT = "pruning.json"
@@ -33,6 +36,12 @@ def prune(
     permute: Annotated[
         bool, typer.Option("--permute", help="Reorder channels first; outputs stay the same. Needs --calibration.")
     ] = False,
+    values: Annotated[
+        str | None, typer.Option(help=f"Store what is kept as integers, too: {', '.join(VALUE_KINDS)}.")
+    ] = None,
+    group: Annotated[
+        str, typer.Option(help=f"Kept values that share a scale: {', '.join(map(str, GROUPS))}, or row.")
+    ] = "64",
     include: Selectors = None,
     exclude: Selectors = None,
     samples: Samples = 256,
@@ -51,6 +60,11 @@ def prune(
     pruning.json.
     """
     pattern, chosen = Spec.parse(spec), method_with_options(method, option or ())
+    size = group_size(group)
+    if values is not None:
+        if dense:
+            raise BadOption("--dense writes floats, and --values integers; leave one of them out.")
+        Quantization.of(values, size)  # before anything is loaded
     check_output(out, model_dir, force)
     check_directory(model_dir)
     with working(f"loading {model_dir}", as_json):
@@ -65,6 +79,8 @@ def prune(
         exclude=exclude,
         calibration=batches,
         permute=permute,
+        values=values,
+        group=size,
         progress=not as_json,
     )
     if not dense:

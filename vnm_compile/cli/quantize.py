@@ -18,6 +18,11 @@ from vnm_compile.quantization import GROUPS, VALUE_KINDS, Quantization
 REPORT = "quantising.json"
 
 
+def group_size(text: str) -> int | str:
+    """What `vnm.quantize` takes for a group that was given as text."""
+    return int(text) if text.isdecimal() else text
+
+
 def quantize(
     model_dir: ModelDirectory,
     out: Out,
@@ -47,7 +52,7 @@ def quantize(
     The output loads with transformers once vnm_compile.integrations.transformers is imported. What rounding changed
     stands in its quantising.json.
     """
-    size = int(group) if group.isdecimal() else group
+    size = group_size(group)
     Quantization.of(values, size, activations)  # before anything is loaded
     check_output(out, model_dir, force)
     check_directory(model_dir)

@@ -31,6 +31,8 @@ from vnm_compile.errors import BadFile, BadOption, UnsupportedWeight, VNMError, 
 from vnm_compile.format import detect
 from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
+from vnm_compile.quantization import Quantization
+from vnm_compile.quantizing.quantize import quantised_to_nearest
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 
@@ -46,9 +48,11 @@ class VnmConfig(QuantizationConfigMixin):
         spec: the pattern that the selected layers of a dense checkpoint follow; None looks for one in each, and
             leaves layers without one dense. Of no account for checkpoints that are compressed.
         include, exclude: names or globs of layers, as for `vnm.annotate`.
+        values, group: "int8" or "int4", to store what those layers keep as integers, rounded to the nearest; as for
+            `vnm.quantize`, which rounds better where it has data. Of no account for checkpoints that are compressed.
 
     Raises:
-        VNMError: the pattern cannot be read, or the checkpoint is of a later format.
+        VNMError: the pattern cannot be read, there are no such values, or the checkpoint is of a later format.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class VnmConfig(QuantizationConfigMixin):
         spec: str | Spec | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        values: str | None = None,
+        group: int | str = 64,
         format_version: int = VERSION,
         **_: Any,
     ) -> None:
@@ -70,6 +76,10 @@ class VnmConfig(QuantizationConfigMixin):
         self.spec = None if spec is None else str(Spec.parse(spec))
         self.include = include
         self.exclude = exclude
+        self.values = values
+        self.group = None if values is None else group
+        if values is not None:
+            Quantization.of(values, group)
 
     def to_dict(self) -> dict[str, Any]:
         """What stands in config.json."""
@@ -288,6 +298,7 @@ class _OnTheFly(ConversionOps):
         self._layers = {f"{layer.name}.weight": layer for layer, _ in selected if f"{layer.name}.weight" not in tied}
         check_usable(self._layers.values(), values=False)
         self._spec = None if config.spec is None else Spec.parse(config.spec)
+        self._quantization = None if config.values is None else Quantization.of(config.values, config.group or 64)
         self._error: VNMError | None = None
 
     def __deepcopy__(self, memo: Any) -> _OnTheFly:
@@ -305,7 +316,7 @@ class _OnTheFly(ConversionOps):
         dense = weight.t() if layer.transposed else weight
         try:
             spec = self._spec or detect(dense)
-            compressed = None if spec is None else compress(dense, spec, layer.name)
+            compressed = None if spec is None else self._compress(dense, spec, layer.name)
         except VNMError as error:  # transformers would only log it
             self._error = self._error or error
             compressed = None
@@ -314,6 +325,16 @@ class _OnTheFly(ConversionOps):
             return {full_layer_name: weight}
         stored = compressed.t() if layer.transposed else compressed
         return {full_layer_name: nn.Parameter(stored, requires_grad=False)}
+
+    def _compress(self, dense: Tensor, spec: Spec, name: str) -> VNMTensor:
+        weight = compress(dense, spec, name)
+        if self._quantization is None:
+            return weight
+        if not bool(weight.values.isfinite().all()):
+            raise at_layer(
+                name, "its weight holds NaN or infinity, which integers cannot stand for.", UnsupportedWeight
+            )
+        return quantised_to_nearest(weight, self._quantization)
 
     def finish(self, model: nn.Module) -> None:
         """Note the patterns, now that all is read.

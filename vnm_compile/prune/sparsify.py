@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vnm_compile.prune.permutation import permuted
 from vnm_compile.prune.pruned import Pruned, uninterrupted, write_all
 from vnm_compile.prune.resume import PrunedLayers
 from vnm_compile.prune.sparsify_report import SparsifyReport
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 Shares = Mapping[str, tuple[float, float]]
@@ -40,6 +42,8 @@ def sparsify(
     held_out: Iterable[Any] | None = None,
     checkpoint: str | Path | None = None,
     permute: bool = False,
+    values: str | None = None,
+    group: int | str = 64,
     progress: bool = True,
 ) -> SparsifyReport:
     """Prune the linears of `model` into a V:N:M pattern, in place, and annotate them.
@@ -67,6 +71,8 @@ def sparsify(
             method, of which the first batch says how channels run through the model, and SciPy. Weights of other
             layers, biases, norms and embeddings move along. A run that goes on from its `checkpoint` searches again and
             finds the same.
+        values, group: "int8" or "int4": quantise what is kept, too, as `vnm.quantize` does, with the same calibration
+            data. The weights are compressed then.
         progress: show a progress bar while it runs.
 
     Returns:
@@ -80,6 +86,8 @@ def sparsify(
     from rich.progress import Progress  # compiling does not need it
 
     model, method = getattr(model, "_orig_mod", model), find_method(method)
+    if values is not None:
+        Quantization.of(values, group)  # before anything is pruned
     _check_checkpoint(method, checkpoint)
     selected = _selected(model, spec, include, exclude)
     layers = [layer for layer, _ in selected]
@@ -103,7 +111,13 @@ def sparsify(
     rows = [_row(each, error, shares) for each, error in zip(pruned, errors, strict=True)]
     del found, by_layer, pruned
     return_freed_memory()
-    return SparsifyReport(method.name, rows, others(model, {id(layer.module) for layer in layers}))
+    quantized = None
+    if values is not None:
+        from vnm_compile.quantizing import quantize  # which stands on this part
+
+        names = [escape(layer.name) for layer in layers]
+        quantized = quantize(model, values, group, calibration=batches or None, include=names, progress=progress)
+    return SparsifyReport(method.name, rows, others(model, {id(layer.module) for layer in layers}), quantized)
 
 
 def _selected(

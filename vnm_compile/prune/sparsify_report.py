@@ -18,6 +18,8 @@ from vnm_compile.prune.table import pruned_table, summary
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from vnm_compile.quantizing import QuantizeReport
+
 
 class SparsifyReport(Printed):
     """What `vnm.sparsify` returns: `print` it, or take `.layers`, `.dense`, `.totals` or `.to_dict()`.
@@ -26,12 +28,19 @@ class SparsifyReport(Printed):
         method: by which the layers were pruned.
         layers: those that were pruned.
         dense: what else of the model multiplies by weights, with the reason why it was left dense.
+        quantized: what quantising the kept values did, where it was asked for.
     """
 
     least_width = 120
 
-    def __init__(self, method: str, layers: Iterable[LayerPruned], dense: Iterable[DenseWeight] = ()) -> None:
-        self.method = method
+    def __init__(
+        self,
+        method: str,
+        layers: Iterable[LayerPruned],
+        dense: Iterable[DenseWeight] = (),
+        quantized: QuantizeReport | None = None,
+    ) -> None:
+        self.method, self.quantized = method, quantized
         self.layers = list(layers)
         self.dense = [LayerLeft(each.name, each.shape, each.reason) for each in dense]
 
@@ -61,6 +70,7 @@ class SparsifyReport(Printed):
             "layers": [asdict(layer) for layer in self.layers],
             "dense": [asdict(each) for each in self.dense],
             "totals": self.totals,
+            **({"quantized": self.quantized.to_dict()} if self.quantized else {}),
         }
 
     def plot(self, path: str | Path) -> None:
@@ -76,3 +86,5 @@ class SparsifyReport(Printed):
 
         yield pruned_table(self.layers, f"pruned by {self.method}")
         yield Text(summary(self.dense, self.totals))
+        if self.quantized is not None:
+            yield self.quantized

@@ -151,6 +151,14 @@ def _quantised(
     return VNMTensor._wrap(arrays, layout, False), row
 
 
+def quantised_to_nearest(weight: VNMTensor, quantization: Quantization) -> VNMTensor:
+    """A compressed weight of finite floats with its values rounded to the nearest levels."""
+    floats = weight.layout_of_arrays
+    layout = replace(floats, quantization=quantization)
+    with torch.no_grad(), plain_numerics():
+        return VNMTensor._wrap(quantise_packed(weight.packed, floats, layout), layout, False)
+
+
 def quantise_packed(packed: Packed, floats: Layout, layout: Layout, moment: Tensor | None = None) -> Packed:
     """Arrays whose values are quantised, given those of a weight with floats.
 

@@ -13,14 +13,16 @@ from vnm_compile.checks import check_usable
 from vnm_compile.errors import BadOption, NoCandidate, NothingSelected, VNMError
 from vnm_compile.layers import Layer
 from vnm_compile.prune.calibration.batches import as_batches
+from vnm_compile.quantization import Quantization
 from vnm_compile.selection.knapsack import assign
 from vnm_compile.selection.layer_errors import layer_errors
+from vnm_compile.selection.measured import Measured
 from vnm_compile.selection.table import Candidate, Selection
 from vnm_compile.selection.times import Seconds, Times
 from vnm_compile.selection.trial import Trial
 from vnm_compile.spec import Spec
 
-CANDIDATES = (Spec(64, 2, 4), *(Spec(v, 2, m) for m in (5, 6, 7, 8, 10, 12, 16, 20, 32) for v in (32, 64, 128)))
+CANDIDATES = (Spec(64, 2, 4), *(Spec(v, 2, m) for m in (5, 6, 7, 8, 10, 12, 16, 20, 32) for v in (16, 32, 64, 128)))
 """The patterns that are looked at unless others are given."""
 
 
@@ -31,10 +33,12 @@ def select_spec(
     include: Iterable[Selector] | Selector | None = None,
     exclude: Iterable[Selector] | Selector | None = None,
     tokens: int = 1,
-    seconds: Seconds | None = None,
+    seconds: Seconds | str | None = None,
     calibration: Iterable[Any] | None = None,
     trial: Trial | None = None,
     per_layer: bool = False,
+    values: str | None = None,
+    group: int | str = 64,
     progress: bool = True,
 ) -> Selection:
     """Choose the pattern that costs least quality among those that make the linears of `model` fast enough.
@@ -50,12 +54,15 @@ def select_spec(
         candidates: patterns. Layers smaller than a block of one stay dense under it, and count with their dense time.
         include, exclude: which linears, as for `vnm.annotate`.
         tokens: rows of the activations that the time is for: 1 when generating, batch x length otherwise.
-        seconds: measured times; without them those of `vnm_compile.cost.CostModel`, limits that kernels approach,
-            on the device that holds the layer.
+        seconds: measured times, or "measured" to time the kernels of this machine (each takes some seconds to compile,
+            and is remembered, as under policy "latency"); without them those of `vnm_compile.cost.CostModel`, limits
+            that kernels approach, on the device that holds the layer.
         calibration: batches of model inputs, as for `vnm.sparsify`, for the trial and for the errors per layer.
         trial: how the best candidates are tried out where there is calibration data: `vnm_compile.selection.Trial`,
             with its defaults unless given.
         per_layer: choose a pattern for each layer; needs scipy.
+        values, group: the speed is that of values which are quantised so, as by `vnm.quantize`; quality is compared as
+            it is without.
         progress: show a progress bar.
 
     Returns:
@@ -75,9 +82,21 @@ def select_spec(
     if not layers:
         raise NothingSelected("the model has no linear layer that a pattern could be chosen for.")
     check_usable(layers)
-    search = _Search(model, layers, specs, Times(layers, tokens, seconds), speedup, progress)
+    quantization = None if values is None else Quantization.of(values, group)
+    if isinstance(seconds, str):
+        if seconds != "measured":
+            raise BadOption(f'seconds is a function, None or "measured", not {seconds!r}.')
+        times = Times(layers, tokens, Measured(layers, specs, tokens, quantization, progress))
+    else:
+        times = Times(layers, tokens, seconds, quantization)
+    search = _Search(model, layers, specs, times, speedup, progress)
     batches = as_batches(calibration)
     return search.one_a_layer(batches) if per_layer else search.one_for_all(batches, trial)
+
+
+def _fits(layer: Layer, spec: Spec) -> bool:
+    """Whether the layer is at least a block of the pattern."""
+    return layer.weight.shape[0] >= spec.v and layer.weight.shape[1] >= spec.m
 
 
 class _Search:
@@ -98,7 +117,7 @@ class _Search:
 
     def fitting(self, layer: Layer, spec: Spec) -> Spec | None:
         """The pattern where the layer is at least a block of it."""
-        return spec if layer.weight.shape[0] >= spec.v and layer.weight.shape[1] >= spec.m else None
+        return spec if _fits(layer, spec) else None
 
     def row(self, name: str, specs: Sequence[Spec | None]) -> Candidate:
         """What a pattern for each layer comes to."""
