@@ -24,6 +24,7 @@ from rich.progress import Progress
 from torch import nn
 
 import vnm_compile as vnm
+import vnm_compile.codegen.kernels
 from benchmarks import gpu_estimate
 from benchmarks.prune import Data, embed, load
 from benchmarks.report import ROOT, keep
@@ -110,9 +111,11 @@ def points(method: str, specs: list[str], again: bool) -> Iterator[Point]:
     missing = [spec for spec in specs if spec not in {each.spec for each in known}]
     if not missing:
         return
-    data = load()
     with Progress() as progress:
-        for spec in progress.track(missing, description="patterns"):
+        for spec in progress.track(missing, description="speeds"):
+            cpu_speeds(spec)  # kept on disk; nothing else should run meanwhile
+        data = load()
+        for spec in progress.track(missing, description="pruning"):
             similar, cpu = qualities(data, spec, method), cpu_speeds(spec)
             for values in VALUES:
                 yield Point(spec, values, similar[values], cpu[values], h200_speeds(spec, values))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+import vnm_compile.codegen.kernels  # noqa: F401 (says which kernels there are)
 from vnm_compile.codegen.measure import measure
 from vnm_compile.cost import CostModel
 from vnm_compile.errors import BadOption
