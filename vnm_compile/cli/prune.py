@@ -61,10 +61,7 @@ def prune(
     """
     pattern, chosen = Spec.parse(spec), method_with_options(method, option or ())
     size = group_size(group)
-    if values is not None:
-        if dense:
-            raise BadOption("--dense writes floats, and --values integers; leave one of them out.")
-        Quantization.of(values, size)  # before anything is loaded
+    _check_values(values, size, dense)
     check_output(out, model_dir, force)
     check_directory(model_dir)
     with working(f"loading {model_dir}", as_json):
@@ -90,3 +87,12 @@ def prune(
     found = sizes(model_dir, out)
     text = f"{report}\n{len(report.layers)} layers are {pattern}: {became(found)}; written to {out}"
     echo({**report.to_dict(), "out": str(out), **found}, as_json, text)
+
+
+def _check_values(values: str | None, group: int | str, dense: bool) -> None:
+    """Raise for what cannot be written, before anything is loaded."""
+    if values is None:
+        return
+    if dense:
+        raise BadOption("--dense writes floats, and --values integers; leave one of them out.")
+    Quantization.of(values, group)
