@@ -1,7 +1,8 @@
 """Speed against quality over patterns and values: `python -m benchmarks.frontier [--method second_order] [--write]`.
 
-Quality: the pretrained MiniLM, all linears of its encoder pruned in one shot, values rounded with the same data; the
-mean cosine similarity of held-out passages' embeddings to the dense model's. Speed: a linear of 4096 x 4096 in bf16
+Quality: the pretrained MiniLM, all linears of its encoder pruned in one shot, on a quarter of the calibration data of
+`benchmarks.prune`, and values rounded to the nearest, which data would do better (benchmarks.quantize); the mean cosine
+similarity of held-out passages' embeddings to the dense model's. Speed: a linear of 4096 x 4096 in bf16
 over the dense one, as this machine's CPU takes them (what policy "latency" measures), and as the static model expects
 of an H200. A point is on the front if no other is both faster and closer to the dense model.
 
@@ -61,11 +62,12 @@ class Point:
 def qualities(data: Data, spec: str, method: str) -> dict[str, float]:
     """Similarity of the pruned model by kind of values; bf16 stands for what is not rounded to integers."""
     pruned = copy.deepcopy(data.dense)
-    vnm.sparsify(pruned, spec, method, include="encoder", calibration=data.calibration, progress=False)
+    batches = data.calibration[: len(data.calibration) // 4]
+    vnm.sparsify(pruned, spec, method, include="encoder", calibration=batches, progress=False)
     found = {"bf16": _similarity(pruned, data)}
     for values in VALUES[1:]:
         model = copy.deepcopy(pruned)
-        vnm.quantize(model, values, GROUP, calibration=data.calibration, progress=False)
+        vnm.quantize(model, values, GROUP, progress=False)
         found[values] = _similarity(model, data)
     return found
 
