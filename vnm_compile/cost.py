@@ -8,7 +8,7 @@ from functools import cached_property
 import sympy
 import torch
 
-from vnm_compile.hardware import allows_tf32, machine_of
+from vnm_compile.hardware import Core, Target, allows_tf32, machine_of
 from vnm_compile.layout import Layout
 from vnm_compile.spec import KEPT_COLUMNS
 
@@ -42,17 +42,17 @@ class CostModel:
     @classmethod
     def on(
         cls,
-        device: torch.device | str,
+        device: torch.device | str | Target,
         out_features: int,
         in_features: int,
         layout: Layout | None,
         dtype: torch.dtype,
     ) -> CostModel:
-        """The model for a device, as `vnm_compile.hardware` knows it; on GPUs fp32 counts as tf32 where torch lets it
-        be."""
-        machine = machine_of(device)
+        """The model for a device, or a GPU that is not here, as `vnm_compile.hardware` knows it; on GPUs fp32 counts as
+        tf32 where torch lets it be."""
+        machine = device if isinstance(device, Target) else machine_of(device)
         balance = machine.peak_flops(dtype, allows_tf32()) / machine.bandwidth
-        return cls(out_features, in_features, layout, dtype, balance, values_only=torch.device(device).type == "cpu")
+        return cls(out_features, in_features, layout, dtype, balance, values_only=isinstance(machine, Core))
 
     @property
     def activation_bytes(self) -> sympy.Expr:

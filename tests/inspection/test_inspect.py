@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 import vnm_compile as vnm
 from tests.support import make_sparse_, with_slow
+from vnm_compile.cost import CostModel
 from vnm_compile.hardware import TARGETS
 from vnm_compile.inspection.kernel import TOKENS
 from vnm_compile.layout import Layout
@@ -312,3 +313,20 @@ def test_multiplications_and_additions_are_fused_by_what_is_written_not_by_defau
 def test_unknown_target():
     with pytest.raises(vnm.VNMError, match="sm_90"):
         vnm.inspect(feed_forward(), torch.randn(8, 512, dtype=torch.bfloat16), target="sm_50")
+
+
+def test_limits_are_those_of_the_target():
+    """What explains the layers is the GPU that code is generated for, not the machine that the model is on."""
+    model, x = feed_forward(), torch.randn(2048, 512, dtype=torch.bfloat16)
+    limits = {}
+    for name in ("sm_80", "sm_90"):
+        explanation = vnm.inspect(model, x, target=name).explanation
+        assert explanation.device == name
+        layer = explanation["0"]
+        layout = Layout(vnm.Spec.parse("64:2:8"), 1024, 512)
+        limits[name] = CostModel.on(TARGETS[name], 1024, 512, layout, torch.bfloat16).speedup_at(2048)
+        assert layer.limit == pytest.approx(limits[name])
+    assert limits["sm_80"] != limits["sm_90"]
+    here = vnm.inspect(model, x, options={"vnm.policy": "memory"}).explanation
+    assert here.device == "cpu"
+    assert here["0"].limit not in limits.values()

@@ -17,6 +17,7 @@ from vnm_compile.cost import CostModel
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.explanation.layer import COMPRESSED, LayerReport
 from vnm_compile.format import check_pattern
+from vnm_compile.hardware import Target
 from vnm_compile.inventory import dense_weights
 from vnm_compile.layers import Layer, OnValues, linear_layers, on_values, plain_name
 from vnm_compile.layout import Layout
@@ -25,22 +26,30 @@ from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.weights import detected_spec
 
+Place = str | Target
+"""A device, or a GPU that need not be there."""
+
 
 def describe_graphs(
-    model: nn.Module, graphs: Sequence[Prepared], in_graphs: Container[int] = (), run: Container[int] | None = None
+    model: nn.Module,
+    graphs: Sequence[Prepared],
+    in_graphs: Container[int] = (),
+    run: Container[int] | None = None,
+    target: Target | None = None,
 ) -> Explanation:
     """The explanation of a model whose graphs have been through the passes; without any, by its weights alone.
 
     Args:
         in_graphs: ids of the parameters that the graphs take.
         run: ids of those that a call of the model uses; None where that is not known.
+        target: the GPU that the model is taken to run on; None for where it is.
     """
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    device = target.name if target else next((p.device.type for p in model.parameters()), "cpu")
     linears = list(linear_layers(model))
-    devices = {plain_name(layer.name): _device(layer) for layer in linears}
+    devices: dict[str, Place] = {plain_name(layer.name): target or _device(layer) for layer in linears}
     reports: dict[str, LayerReport] = {}
     for graph in graphs:
-        for report in _graph_reports(graph, devices, device):
+        for report in _graph_reports(graph, devices, target or device):
             # A layer that runs several times is sparse if it is once.
             if report.name not in reports or report.decision == "sparse":
                 reports[report.name] = report
@@ -103,7 +112,7 @@ def _device(layer: Layer) -> str:
     return next((str(each.device) for each in (layer.stored, *layer.module.parameters()) if each is not None), "cpu")
 
 
-def _graph_reports(graph: Prepared, devices: Mapping[str, str], device: str) -> list[LayerReport]:
+def _graph_reports(graph: Prepared, devices: Mapping[str, Place], device: Place) -> list[LayerReport]:
     """`devices`: where the weights of layers lie, by name; `device`: where those of others may be taken to lie."""
     companions: dict[int, tuple[str, ...]] = {}
     for unit in graph.units:
@@ -115,7 +124,7 @@ def _graph_reports(graph: Prepared, devices: Mapping[str, str], device: str) -> 
     ]
 
 
-def _decided(decision: Decision, joined: tuple[str, ...], device: str) -> LayerReport:
+def _decided(decision: Decision, joined: tuple[str, ...], device: Place) -> LayerReport:
     facts = _weight_facts(decision.shape, decision.dtype, decision.layout, decision.tokens, device)
     outcome, reason = _told("sparse" if decision.sparse else "dense", decision.reason, decision.layout, device)
     return LayerReport(
@@ -130,7 +139,7 @@ def _decided(decision: Decision, joined: tuple[str, ...], device: str) -> LayerR
     )
 
 
-def _by_weight(layer: Layer, device: str) -> LayerReport:
+def _by_weight(layer: Layer, device: Place) -> LayerReport:
     """The report of a layer of which no graph is known: from its weight alone.
 
     Raises:
@@ -163,14 +172,14 @@ def _by_weight(layer: Layer, device: str) -> LayerReport:
     return LayerReport(name=plain_name(layer.name), decision=decision, reason=reason, **facts)
 
 
-def _told(decision: str, reason: str, layout: Layout | None, device: str) -> tuple[str, str]:
+def _told(decision: str, reason: str, layout: Layout | None, device: Place) -> tuple[str, str]:
     """Decision and reason of a layer; of one with quantised values also how these are stored and computed with."""
     if layout is None or layout.quantization is None:
         return decision, reason
     how = f"values as {layout.exact.quantization}"
     how += ", activations rounded to int8" if layout.rounds else ""
     reason = reason.replace(COMPRESSED, f"{COMPRESSED}, {how}", 1)
-    if layout.rounds and not device.startswith("cpu"):
+    if layout.rounds and not str(device).startswith("cpu"):
         return "dense", f"{reason}; no kernel on GPUs rounds activations: the weight is unpacked on every call"
     return decision, reason
 
@@ -186,7 +195,7 @@ def _size(layer: Layer) -> tuple[tuple[int, int] | None, torch.dtype | None]:
 
 
 def _weight_facts(
-    shape: tuple[int, ...] | None, dtype: torch.dtype | None, layout: Layout | None, tokens: int | None, device: str
+    shape: tuple[int, ...] | None, dtype: torch.dtype | None, layout: Layout | None, tokens: int | None, device: Place
 ) -> dict[str, Any]:
     """Size, pattern and limits of a weight."""
     known = shape is not None and dtype is not None
@@ -200,7 +209,7 @@ def _weight_facts(
 
 
 @lru_cache(maxsize=1024)
-def _limits(device: str, layout: Layout, dtype: torch.dtype, tokens: int) -> tuple[float, float | None]:
+def _limits(device: Place, layout: Layout, dtype: torch.dtype, tokens: int) -> tuple[float, float | None]:
     """The speed-up limit at `tokens`, and from how many tokens arithmetic bounds the sparse kernel."""
     model = CostModel.on(device, layout.out_features, layout.in_features, layout, dtype)
     return model.speedup_at(tokens), model.compute_bound_from(sparse=True)

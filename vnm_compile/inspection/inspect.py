@@ -86,7 +86,7 @@ def inspect(
         for graph in generated
         for name, schedule in graph.library_calls
     ]
-    explanation = describe_graphs(model, graphs)
+    explanation = describe_graphs(model, graphs, target=goal if target is not None else None)
     return KernelReport(kernels, calls, [graph.wrapper for graph in generated], explanation, goal)
 
 
