@@ -228,8 +228,9 @@ def quad_scales(scales, rows, group, BLOCK_O: tl.constexpr, BLOCK_G: tl.constexp
     at = scales.to(tl.pointer_type(tl.int32), bitcast=True) + rows[:, None] * 1 + two[None, :]
     # One of them. A shift by a scalar would keep the compiler from expanding in the layout that tensor cores want; what
     # is loaded it can have in any.
-    low = tl.load(at, mask=((two < 1) & (first % 2 == 0))[None, :], other=0)
-    high = tl.load(at, mask=((two < 1) & (first % 2 == 1))[None, :], other=0)
+    odd = first % 2 + tl.arange(0, 1)
+    low = tl.load(at, mask=((two < 1) & (odd == 0))[None, :], other=0)
+    high = tl.load(at, mask=((two < 1) & (odd == 1))[None, :], other=0)
     few = (low | high >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.reshape(tl.broadcast_to(few[:, :, None], [BLOCK_O, 1, BLOCK_G // 4]), [BLOCK_O, BLOCK_G // 4])
 
