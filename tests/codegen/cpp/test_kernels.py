@@ -45,7 +45,10 @@ def operands(spec, out_features, in_features, dtype):
 
 
 def quick(i, dtype):
-    """Whether a case runs in every run: the first in each dtype, the others in fp32, bf16 and fp16 by turns."""
+    """Whether a case runs in every run: the first in each dtype, the others in fp32, bf16 and fp16 by turns; and those
+    whose sums in fp32 would be less exact than a dense kernel's if they were as long as others'."""
+    if dtype == torch.float32 and CASES[i][0] in ("128:2:16", "32:2:20"):
+        return True
     return i == 0 or i % 3 == (torch.float32, torch.bfloat16, torch.float16).index(dtype)
 
 
