@@ -276,6 +276,7 @@ def precision(setting: str):
         elif setting == "matmul.fp32_precision":
             torch.backends.cuda.matmul.fp32_precision = "tf32"
         elif setting == "fp32_precision":
+            torch.backends.cuda.matmul.fp32_precision = "none"  # or what was said of matmul before would hold
             torch.backends.fp32_precision = "tf32"
         elif setting == "set_float32_matmul_precision":
             torch.set_float32_matmul_precision("high")
