@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-import vnm_compile  # noqa: F401  (registers the ops)
+import vnm_compile
 from benchmarks import gpu_cases, gpu_models
 from benchmarks.gpu_cases import LARGE, LEAST_SMALL, TARGETS, TOKENS, Case, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("correctness", "models", "layers", "small")
+SECTIONS = ("correctness", "models", "layers", "small", "values")
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,11 @@ def errors(layer: torch.nn.Linear, y: torch.Tensor, x: torch.Tensor) -> tuple[fl
     What rounding the exact result makes is asked of nobody, as a dense kernel may be exact by luck; nor, in fp32, is an
     order of summation: a unit in the last place, grown with the root of the number of terms, as random errors do.
     """
-    exact = x.double() @ layer.weight.detach().double().T
-    ours, dense, least = (relative_error(each, exact) for each in (y, layer(x), exact.to(x.dtype)))
+    weight = layer.weight.detach()
+    weight = weight.to_dense() if isinstance(weight, vnm_compile.VNMTensor) else weight
+    exact = x.double() @ weight.double().T
+    of_dense = torch.nn.functional.linear(x, weight)
+    ours, dense, least = (relative_error(each, exact) for each in (y, of_dense, exact.to(x.dtype)))
     summed = 2**-24 * layer.in_features**0.5 if x.dtype == torch.float32 else 0.0
     return ours, dense, ours <= 1.1 * max(dense, least, summed)
 
@@ -142,7 +145,7 @@ def line(case: Case, ours: float, dense: float, fine: bool) -> tuple[str, ...]:
     """A line of the table of errors."""
     kind = str(case.dtype).removeprefix("torch.")
     figures = f"{ours:.2e}", f"{dense:.2e}", "" if fine else "WRONG"
-    return case.name, str(case.spec), str(case.tokens), kind, *figures
+    return case.name, case.stored, str(case.tokens), kind, *figures
 
 
 def check(device: torch.device) -> Iterator[tuple[str, ...]]:
@@ -182,12 +185,12 @@ def measure(
             calls[SEMI_STRUCTURED] = other
         for case in cases:
             layers = linears(case, device, sets_needed(case.layout.nbytes(case.dtype), device))
-            calls[str(case.spec)] = ours(layers, x)
+            calls[case.stored] = ours(layers, x)
             try:
-                found = errors(layers[0], calls[str(case.spec)][0](), x)
+                found = errors(layers[0], calls[case.stored][0](), x)
             except Exception as error:
                 print(f"{case.spec} failed: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
-                del calls[str(case.spec)]
+                del calls[case.stored]
                 continue
             if not found[-1]:
                 wrong.append(line(case, *found))
@@ -195,10 +198,10 @@ def measure(
     best = min((name for name in names if name in taken), key=taken.__getitem__)
     rows = []
     for case in cases:
-        if str(case.spec) in taken:
+        if case.stored in taken:
             floors = [1e6 * case.floor(bandwidth, flops, sparse) for sparse in (True, False)]
-            figures = taken[best], best, taken.get(SEMI_STRUCTURED), taken[str(case.spec)], floors[0]
-            rows.append(Row(case.name, str(case.spec), case.tokens, *figures, floors[1] / floors[0]))
+            figures = taken[best], best, taken.get(SEMI_STRUCTURED), taken[case.stored], floors[0]
+            rows.append(Row(case.name, case.stored, case.tokens, *figures, floors[1] / floors[0]))
     return rows, wrong
 
 
@@ -210,11 +213,11 @@ def dry_run(target: str) -> Iterator[tuple[str, ...]]:
     from vnm_compile.inspection.machine_code import compile_kernel
 
     card = find_target(target)
-    for case in (case for cases in (*gpu_cases.layers(), *gpu_cases.small()) for case in cases):
+    for case in (case for cases in (*gpu_cases.layers(), *gpu_cases.small(), *gpu_cases.values()) for case in cases):
         kinds = zip(case.layout.shapes, case.layout.dtypes(case.dtype), strict=True)
         arrays = [torch.empty(shape, dtype=kind, device="meta") for shape, kind in kinds]
         x = torch.empty(case.tokens, case.in_features, dtype=case.dtype, device="meta")
-        generated = generate(_linear(case), [x, *arrays], card, static=(1, 2, 3))
+        generated = generate(_linear(case), [x, *arrays], card, static=range(1, 1 + len(arrays)))
         (kernel,) = (each for each in generated.kernels if each.schedule.template)
         with virtual_device(card):
             code = compile_kernel(kernel.source, kernel.name, card)
@@ -222,7 +225,7 @@ def dry_run(target: str) -> Iterator[tuple[str, ...]]:
         tile = " ".join(f"{key[6:]}{code.config[key]}" for key in ("BLOCK_O", "BLOCK_T", "BLOCK_G"))
         tile += f" w{code.config['num_warps']} s{code.config['num_stages']} k{code.config['SPLITS']}"
         figures = (str(code.registers), str(code.spills), str(code.shared_bytes), f"{1e6 * floor:.1f}")
-        yield case.name, str(case.spec), str(case.tokens), tile, *figures
+        yield case.name, case.stored, str(case.tokens), tile, *figures
 
 
 def _linear(case: Case) -> Callable[..., Any]:
@@ -231,7 +234,10 @@ def _linear(case: Case) -> Callable[..., Any]:
     def graph(x: Any, values: Any, metadata: Any, columns: Any) -> Any:
         return linear(x, (values, metadata, columns), case.layout)
 
-    return graph
+    def quantised(x: Any, values: Any, metadata: Any, columns: Any, scales: Any) -> Any:
+        return linear(x, (values, metadata, columns, scales), case.layout)
+
+    return quantised if case.quantization else graph
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vnm_compile.cost import CostModel
 from vnm_compile.layout import Layout
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 TOKENS = (1, 16, 64, 2048, 8192)
@@ -35,6 +36,7 @@ class Case:
     tokens: int
     spec: Spec
     dtype: torch.dtype = torch.bfloat16
+    quantization: Quantization | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +46,12 @@ class Case:
     @property
     def layout(self) -> Layout:
         """Storage of the weight."""
-        return Layout(self.spec, self.out_features, self.in_features)
+        return Layout(self.spec, self.out_features, self.in_features, self.quantization)
+
+    @property
+    def stored(self) -> str:
+        """`64:2:8`, with quantised values `64:2:8 int4/64`."""
+        return f"{self.spec} {self.quantization}" if self.quantization else str(self.spec)
 
     def floor(self, bandwidth: float, flops: float, sparse: bool) -> float:
         """The least seconds a call can take on a device that moves `bandwidth` bytes/s and does `flops` flop/s."""
@@ -71,6 +78,18 @@ def small() -> Iterator[list[Case]]:
             yield [Case(out_features, in_features, tokens, Spec.parse(spec)) for spec in ("64:2:8", "64:2:16")]
 
 
+def values() -> Iterator[list[Case]]:
+    """Quantised values beside those in bf16."""
+    kinds = (None, Quantization(8, 64), Quantization(4, 64))
+    for tokens in TOKENS[:4]:
+        for out_features, in_features in LARGE:
+            yield [
+                Case(out_features, in_features, tokens, Spec.parse(spec), quantization=kind)
+                for spec in ("64:2:8", "128:2:16")
+                for kind in kinds
+            ]
+
+
 def correctness() -> Iterator[Case]:
     """Every dtype, value count and regime, with tails in every direction."""
     kinds = (torch.bfloat16, torch.float16, torch.float32)
@@ -80,3 +99,6 @@ def correctness() -> Iterator[Case]:
             # All of 16 bits, and fp32 for one number of tokens of each pattern: it has one template.
             for dtype in kinds[:2] if i % 3 != j else kinds:
                 yield Case(out_features, in_features, tokens, Spec.parse(spec), dtype)
+    for bits in (8, 4):
+        for tokens in (1, 17, 300):
+            yield Case(640, 2048, tokens, Spec(128, 2, 16), kinds[0], Quantization(bits, 64))

@@ -13,6 +13,7 @@ from benchmarks.gpu_cases import Case
 from vnm_compile.backend import vnm
 from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.format import unpack
+from vnm_compile.tensor import VNMTensor
 
 SEMI_STRUCTURED = "2:4"
 
@@ -23,11 +24,15 @@ def random_weight(case: Case, device: torch.device, seed: int) -> Tensor:
 
 
 def linears(case: Case, device: torch.device, sets: int) -> list[nn.Linear]:
-    """Layers with random weights of the case's pattern."""
+    """Layers with random weights of the case's pattern, compressed where their values are quantised."""
     made = []
     for seed in range(sets):
         layer = nn.Linear(case.in_features, case.out_features, bias=False, device="meta", dtype=case.dtype)
-        layer.weight = nn.Parameter(random_weight(case, device, seed), requires_grad=False)
+        if case.quantization is None:
+            weight = random_weight(case, device, seed)
+        else:
+            weight = VNMTensor._wrap(random_packed(case.layout, case.dtype, device, seed), case.layout, False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         made.append(layer)
     return made
 

@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_estimate, gpu_models, gpu_timing
+from benchmarks import gpu, gpu_cases, gpu_contenders, gpu_estimate, gpu_models, gpu_timing
 from benchmarks.blocks import EncoderBlock, LlamaBlock
 from benchmarks.gpu_cases import LARGE, TARGETS, TOKENS, Case
 from benchmarks.report import ROOT
 from vnm_compile.hardware import TARGETS as TARGET_CARDS
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 
@@ -129,9 +130,12 @@ def test_unknown_section_and_no_gpu(capsys):
 def test_dry_run(capsys, monkeypatch):
     monkeypatch.setattr(gpu_cases, "layers", lambda: [[Case(14336, 4096, 16, Spec.parse("64:2:8"))]])
     monkeypatch.setattr(gpu_cases, "small", lambda: [[Case(1024, 4096, 2048, Spec.parse("128:2:32"))]])
+    quantised = Case(4096, 4096, 16, Spec.parse("64:2:8"), quantization=Quantization(4, 64))
+    monkeypatch.setattr(gpu_cases, "values", lambda: [[quantised]])
     assert gpu.main(["--dry-run", "--target", "sm_80"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
+    assert "64:2:8 int4/64" in lines[-1]
     assert all(line.split()[-3] == "0" for line in lines[1:])  # spills
 
 
@@ -154,3 +158,20 @@ def test_estimates_are_near_what_was_timed_on_an_h200():
 def test_the_estimates_of_the_docs_are_those_of_the_model():
     """docs/performance.md has what `python -m benchmarks.gpu --estimate --write` writes."""
     assert gpu_estimate.run(write=False) in (ROOT / "docs" / "performance.md").read_text()
+
+
+@pytest.mark.parametrize("kind", [None, Quantization(8, 64)], ids=str)
+def test_errors_are_against_what_the_weight_is(kind):
+    """The layers that are timed, on this machine's CPU: right ones are, and those of another weight are not."""
+    case = Case(128, 512, 5, Spec.parse("64:2:8"), torch.float32, kind)
+    one, other = gpu_contenders.linears(case, torch.device("cpu"), 2)
+    x = torch.randn(5, 512)
+    with torch.no_grad():
+        assert gpu.errors(one, one(x), x)[-1]
+        assert not gpu.errors(one, other(x), x)[-1]
+
+
+def test_quantised_cases_are_timed_beside_others():
+    cases = [case for cases in gpu_cases.values() for case in cases]
+    assert {case.stored for case in cases} >= {"64:2:8", "64:2:8 int4/64", "128:2:16 int8/64"}
+    assert [case for case in gpu_cases.correctness() if case.quantization]
