@@ -112,3 +112,11 @@ def test_reports_tell_it():
     assert f"{1e6 * found.estimate:.1f}" in row
     here = vnm.inspect(layer, x, options={"vnm.policy": "memory"})
     assert [kernel.account for kernel in here.kernels] == [None] * len(here.kernels)
+
+
+def test_a_loop_that_was_unrolled():
+    """Four steps and no loop: each has its share of the kernel's instructions."""
+    kernel, found = account(300, "gfx942", out_features=256, in_features=512)
+    assert kernel.loop.total == 0
+    assert found.steps > 1
+    assert sum(found.pipes.values()) * found.steps == pytest.approx(kernel.instructions.total, rel=0.02)

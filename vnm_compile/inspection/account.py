@@ -26,7 +26,7 @@ from vnm_compile.spec import Spec
 class Account:
     """What a launch of a sparse kernel asks of a GPU, and what it takes at least.
 
-    A step is one round of the template's loop over groups; where there is a single one, all of the kernel.
+    A step is one round of the template's loop over groups; where no loop is left of it, its share of all of the kernel.
 
     Attributes:
         pipes: warp instructions of a step by the pipe that executes them: "tensor", "integer", "float", "memory"
@@ -150,7 +150,7 @@ def _step(config: Config, shape: Shape, code: MachineCode, target: Target) -> tu
         steps = _steps_in_loop(config, shape, counted)
         lines = list(hot_loop(lines))
     else:
-        counted, steps = count_instructions(code.assembly), 1
+        counted, steps = count_instructions(code.assembly), config.steps(shape)
     pipes = pipes_of(counted.names, target.backend == "cuda")
     stalls = round(stall_cycles(lines) / steps) if code.encoded is not None else None
     return {pipe: round(times / steps) for pipe, times in pipes.items()}, stalls, counted.tensor_core > 0
