@@ -2,9 +2,9 @@
 
 Quality: the pretrained MiniLM, all linears of its encoder pruned in one shot, on a quarter of the calibration data of
 `benchmarks.prune`, and values rounded to the nearest, which data would do better (benchmarks.quantize); the mean cosine
-similarity of held-out passages' embeddings to the dense model's. Speed: a linear of 4096 x 4096 in bf16
-over the dense one, as this machine's CPU takes them (what policy "latency" measures), and as the static model expects
-of an H200. A point is on the front if no other is both faster and closer to the dense model.
+similarity of held-out passages' embeddings to the dense model's. Speed: a linear of 4096 x 4096 in bf16 over the dense
+one, as this machine's CPU takes them (what policy "latency" measures), and as the static model expects of an H200. A
+point is on the front if no other is both faster and closer to the dense model.
 
 Rows that were found before are kept: the command goes on where it was interrupted, and `--again` starts over.
 """
@@ -16,9 +16,8 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import exp, log
 from pathlib import Path
-from typing import Any
+from statistics import geometric_mean
 
 import torch
 from rich.progress import Progress
@@ -28,9 +27,8 @@ import vnm_compile as vnm
 import vnm_compile.codegen.kernels
 from benchmarks import gpu_estimate
 from benchmarks.prune import Data, embed, load
-from benchmarks.report import ROOT, keep
+from benchmarks.report import ROOT, keep, save
 from vnm_compile.codegen.measure import measure
-from vnm_compile.inspection.limits import estimated_seconds
 from vnm_compile.layout import Layout
 from vnm_compile.machine import machine
 from vnm_compile.problem import Problem, Timing
@@ -40,7 +38,7 @@ from vnm_compile.spec import Spec
 RESULTS = ROOT / "benchmarks" / "results" / "frontier.json"
 VS, MS, VALUES = (16, 32, 64, 128), (4, 5, 6, 8, 10, 16), ("bf16", "int8", "int4")
 TOKENS, GPU_TOKENS, SIZE, GROUP = (1, 16, 512), (1, 2048), 4096, 64
-SPEEDUPS = (2.0, 4.0, 8.0)  # that `select_spec` is asked for
+SPEEDUPS = (2.0, 4.0, 8.0)  # that a point is chosen for
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Point:
 
     def speed(self, device: str) -> float:
         """The geometric mean over numbers of tokens."""
-        found = getattr(self, device).values()
-        return exp(sum(map(log, found)) / len(found))
+        return geometric_mean(getattr(self, device).values())
 
 
 def qualities(data: Data, spec: str, method: str) -> dict[str, float]:
@@ -92,12 +89,7 @@ def cpu_speeds(spec: str) -> dict[str, dict[str, float]]:
 def h200_speeds(spec: str, values: str) -> dict[str, float]:
     """By tokens, estimated: the kernel alone."""
     card, layout = gpu_estimate.card_called("H200"), _layout(spec, values)
-    found = {}
-    for tokens in GPU_TOKENS:
-        shape = gpu_estimate.shape_of(layout, tokens)
-        ours = estimated_seconds(gpu_estimate.first_config(card, shape), shape, card)
-        found[str(tokens)] = gpu_estimate.dense_seconds(card, tokens, SIZE, SIZE) / ours
-    return found
+    return {str(tokens): gpu_estimate.kernel_ratio(card, layout, tokens) for tokens in GPU_TOKENS}
 
 
 def _layout(spec: str, values: str) -> Layout:
@@ -205,8 +197,7 @@ def main() -> None:
     found: list[Point] = []
     for point in points(options.method, options.specs.split(","), options.again):
         found.append(point)
-        rows: list[dict[str, Any]] = [asdict(each) for each in found]
-        RESULTS.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        save("frontier", [asdict(each) for each in found])
     where = "({cpu}; {threads} threads; torch {torch})".format(**machine())
     told = f"{table(found)}\n\n{choices(found)}\n\n{where}"
     print(told)

@@ -61,7 +61,7 @@ PROMPT, TOKENS, REPEATS = 64, 64, 3
 
 
 def _torch_model(shape: str, contender: str) -> Any:
-    """A transformers model, its decoder layers and head compiled unless it is the eager one."""
+    """A transformers model, compiled unless it is the eager one."""
     model = random_model(shape, OURS.get(contender), sparse=contender in OURS)
     if contender in TORCHAO:
         from torchao.quantization import quantize_

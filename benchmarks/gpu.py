@@ -14,9 +14,8 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from math import exp, log
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def geometric_means(rows: Iterable[Row]) -> list[tuple[int, int, float, float, f
     for row in rows:
         if row.case in names:
             cells.setdefault((row.spec, row.tokens), []).append(row)
-    means = {key: _mean([row.ratio for row in its]) for key, its in cells.items() if len(its) == len(names)}
+    means = {key: geometric_mean([row.ratio for row in its]) for key, its in cells.items() if len(its) == len(names)}
     found = []
     for m, targets in TARGETS.items():
         specs = {spec for spec, _ in means if spec.endswith(f":2:{m}")}
@@ -101,16 +100,12 @@ def geometric_means(rows: Iterable[Row]) -> list[tuple[int, int, float, float, f
             continue
         most = max(len([key for key in means if key[0] == spec]) for spec in specs)
         timed = {spec: [mean for key, mean in means.items() if key[0] == spec] for spec in specs}
-        best = max((spec for spec in specs if len(timed[spec]) == most), key=lambda spec: _mean(timed[spec]))
+        best = max((spec for spec in specs if len(timed[spec]) == most), key=lambda spec: geometric_mean(timed[spec]))
         for tokens, target in zip(TOKENS, targets, strict=True):
             if (best, tokens) in means:
                 over = [row.over_semi_structured for row in cells[best, tokens] if row.over_semi_structured]
                 found.append((m, tokens, means[best, tokens], target, min(over) if over else None))
     return found
-
-
-def _mean(values: list[float]) -> float:
-    return exp(sum(map(log, values)) / len(values))
 
 
 def summary(rows: list[Row]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from math import exp, log
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from benchmarks.report import ROOT, keep
 from vnm_compile.codegen.triton.configs import Config, Shape, configurations, vector_configurations
 from vnm_compile.codegen.triton.sparse_configs import SparseConfig, of_both_kinds
 from vnm_compile.hardware import CARDS, Target
-from vnm_compile.inspection.limits import estimated_seconds, is_vector, least_seconds
+from vnm_compile.inspection.limits import estimated_seconds, least_seconds
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
 
@@ -54,7 +54,7 @@ def estimates(cards: Iterable[Target]) -> Iterator[Estimate]:
         for spec in SPECS:
             for tokens in TOKENS:
                 layers = [_layer(card, Spec.parse(spec), tokens, *sizes) for sizes in LARGE]
-                ratio = _mean(dense / ours for dense, ours, *_ in layers)
+                ratio = geometric_mean(dense / ours for dense, ours, *_ in layers)
                 bounds, kernels = (tuple(layer[i] for layer in layers) for i in (2, 3))
                 yield Estimate(card.card, spec, tokens, ratio, bounds, kernels)
 
@@ -65,11 +65,11 @@ def _layer(card: Target, spec: Spec, tokens: int, out_features: int, in_features
     shape = shape_of(layout, tokens)
     config = first_config(card, shape)
     copy = 0.0
-    if not is_vector(config):
+    if not config.is_vector:
         copy = _COPY_SECONDS + 2 * tokens * in_features * DTYPE.itemsize / (_COPY_OF_BANDWIDTH * card.bandwidth)
     read, written = (tokens * features * DTYPE.itemsize for features in (in_features, out_features))
     stored = layout.nbytes(DTYPE) + read + written
-    least = least_seconds(config, shape, card, stored, written, multiplies=not is_vector(config))
+    least = least_seconds(config, shape, card, stored, written, multiplies=not config.is_vector)
     dense = dense_seconds(card, tokens, out_features, in_features)
     return dense, estimated_seconds(config, shape, card) + copy, max(least, key=least.__getitem__), _kernel(config)
 
@@ -90,7 +90,7 @@ def first_config(card: Target, shape: Shape) -> Config:
 def _kernel(config: Config) -> str:
     if isinstance(config, SparseConfig):
         return "sparse cores"
-    return "vector" if is_vector(config) else "dense cores"
+    return "vector" if config.is_vector else "dense cores"
 
 
 def dense_seconds(card: Target, tokens: int, out_features: int, in_features: int) -> float:
@@ -115,22 +115,19 @@ def held_against_h200() -> dict[tuple[str, int], tuple[float, float]]:
     found = {}
     for spec, tokens in dict.fromkeys(case[:2] for case in best):
         if all((spec, tokens, *sizes) in best for sizes in LARGE):
-            estimated = [_alone(card, spec, tokens, *sizes) for sizes in LARGE]
-            found[spec, tokens] = _mean(best[spec, tokens, *sizes] for sizes in LARGE), _mean(estimated)
+            estimated = [kernel_ratio(card, Layout(Spec.parse(spec), *sizes), tokens) for sizes in LARGE]
+            found[spec, tokens] = (
+                geometric_mean(best[spec, tokens, *sizes] for sizes in LARGE),
+                geometric_mean(estimated),
+            )
     return found
 
 
-def _alone(card: Target, spec: str, tokens: int, out_features: int, in_features: int) -> float:
-    """Dense over sparse time of the kernel alone."""
-    layout = Layout(Spec.parse(spec), out_features, in_features)
+def kernel_ratio(card: Target, layout: Layout, tokens: int) -> float:
+    """Dense over sparse time of the kernel alone, without copies."""
     shape = shape_of(layout, tokens)
     ours = estimated_seconds(first_config(card, shape), shape, card)
-    return dense_seconds(card, tokens, out_features, in_features) / ours
-
-
-def _mean(ratios: Iterable[float]) -> float:
-    logs = [log(ratio) for ratio in ratios]
-    return exp(sum(logs) / len(logs))
+    return dense_seconds(card, tokens, layout.out_features, layout.in_features) / ours
 
 
 def card_called(name: str) -> Target:
@@ -153,7 +150,7 @@ def table(found: list[Estimate]) -> str:
     for card in dict.fromkeys(each.card for each in found):
         for m in TARGETS:
             those = [each for each in found if each.card == card and each.spec.endswith(f":2:{m}")]
-            spec, its = max(_by_spec(those).items(), key=lambda each: sum(log(one.ratio) for one in each[1]))
+            spec, its = max(_by_spec(those).items(), key=lambda each: geometric_mean(one.ratio for one in each[1]))
             cells = [f"{each.ratio:.2f} {'/'.join(dict.fromkeys(each.bound))}" for each in its]
             lines.append(f"| {card} | {m} | {Spec.parse(spec).v} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

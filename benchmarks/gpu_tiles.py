@@ -49,7 +49,7 @@ class Job:
     @property
     def is_vector(self) -> bool:
         """Whether it is the kernel for one token, which reads activations as they lie."""
-        return self.config.block_t == 1
+        return self.config.is_vector
 
     @property
     def layout(self) -> Layout:

@@ -49,10 +49,15 @@ class Row(NamedTuple):
         )
 
 
-def keep(name: str, rows: list[dict[str, Any]], table: str, page: str, marker: str) -> None:
-    """Write rows and machine to `results/<name>.json`, and the table between the markers of a page of the docs."""
+def save(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write rows and machine to `results/<name>.json`."""
     saved = {"machine": machine(), "rows": rows}
     (ROOT / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def keep(name: str, rows: list[dict[str, Any]], table: str, page: str, marker: str) -> None:
+    """Write rows and machine to `results/<name>.json`, and the table between the markers of a page of the docs."""
+    save(name, rows)
     replace_between(ROOT / "docs" / page, marker, table)
 
 

@@ -248,8 +248,7 @@ def _too_small(layer: Layer, spec: Spec) -> bool:
         # What is wrong with it is said by whoever needs the weight; a layer of no size needs no saying.
         weight = layer.module._parameters.get("weight")
         return weight is not None and not nn.parameter.is_lazy(weight) and weight.dim() == 2 and weight.numel() == 0
-    out_features, in_features = layer.weight.shape
-    return out_features < spec.v or in_features < spec.m
+    return not spec.fits(*layer.weight.shape)
 
 
 def _nothing_selected(model: nn.Module, spec: object) -> VNMError:

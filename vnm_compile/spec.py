@@ -86,6 +86,10 @@ class Spec:
         """Column groups of a weight of `in_features` columns: G. The last one may be a tail."""
         return -(-in_features // self.m)
 
+    def fits(self, out_features: int, in_features: int) -> bool:
+        """Whether a weight of this size is at least one block."""
+        return out_features >= self.v and in_features >= self.m
+
     def log_mask_diversity(self, out_features: int, in_features: int) -> float:
         """Natural logarithm of the number of masks that the pattern allows on a weight of this size.
 

@@ -15,6 +15,7 @@ from vnm_compile.convert import compressed_layers
 from vnm_compile.errors import BadFile, BadOption
 from vnm_compile.hardware import TARGETS
 from vnm_compile.layers import Layer, linear_layers
+from vnm_compile.quantization import GROUPS
 from vnm_compile.weights import detected_spec
 
 ModelDirectory = Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL", show_default=False)]
@@ -39,6 +40,7 @@ Inputs = Annotated[
     Path | None, typer.Option(help="A .safetensors file of model inputs; random ones if not given.", show_default=False)
 ]
 
+Group = Annotated[str, typer.Option(help=f"Kept values that share a scale: {', '.join(map(str, GROUPS))}, or row.")]
 Samples = Annotated[int, typer.Option(help="Passages of calibration data.", min=1)]
 PassageLength = Annotated[int, typer.Option(help="Tokens a passage.", min=1)]
 PassagesAtOnce = Annotated[int, typer.Option(help="Passages that run at a time.", min=1)]
@@ -48,6 +50,11 @@ TargetName = Annotated[
 ]
 
 _USUAL = "64:2:8"
+
+
+def group_size(text: str) -> int | str:
+    """What `vnm.quantize` takes for a group that was given as text."""
+    return int(text) if text.isdecimal() else text
 
 
 def sparse_model(path: Path, spec: str | None, blocks: int | None, as_json: bool) -> nn.Module:

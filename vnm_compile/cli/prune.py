@@ -11,12 +11,21 @@ import vnm_compile as vnm
 from vnm_compile.cli.directory import check_directory, load_model
 from vnm_compile.cli.inputs import load_batches
 from vnm_compile.cli.method import method_with_options
-from vnm_compile.cli.models import Force, ModelDirectory, Out, PassageLength, PassagesAtOnce, Samples, Selectors
+from vnm_compile.cli.models import (
+    Force,
+    Group,
+    ModelDirectory,
+    Out,
+    PassageLength,
+    PassagesAtOnce,
+    Samples,
+    Selectors,
+    group_size,
+)
 from vnm_compile.cli.output import check_output, write_model
-from vnm_compile.cli.quantize import group_size
 from vnm_compile.cli.shown import JSON, became, echo, sizes, working
 from vnm_compile.errors import BadOption
-from vnm_compile.quantization import GROUPS, VALUE_KINDS, Quantization
+from vnm_compile.quantization import VALUE_KINDS, Quantization
 from vnm_compile.spec import Spec
 
 REPORT = "pruning.json"
@@ -39,9 +48,7 @@ def prune(
     values: Annotated[
         str | None, typer.Option(help=f"Store what is kept as integers, too: {', '.join(VALUE_KINDS)}.")
     ] = None,
-    group: Annotated[
-        str, typer.Option(help=f"Kept values that share a scale: {', '.join(map(str, GROUPS))}, or row.")
-    ] = "64",
+    group: Group = "64",
     include: Selectors = None,
     exclude: Selectors = None,
     samples: Samples = 256,

@@ -10,26 +10,29 @@ import typer
 import vnm_compile as vnm
 from vnm_compile.cli.directory import check_directory, load_model
 from vnm_compile.cli.inputs import load_batches
-from vnm_compile.cli.models import Force, ModelDirectory, Out, PassageLength, PassagesAtOnce, Samples, Selectors
+from vnm_compile.cli.models import (
+    Force,
+    Group,
+    ModelDirectory,
+    Out,
+    PassageLength,
+    PassagesAtOnce,
+    Samples,
+    Selectors,
+    group_size,
+)
 from vnm_compile.cli.output import check_output, write_model
 from vnm_compile.cli.shown import JSON, became, echo, sizes, working
-from vnm_compile.quantization import GROUPS, VALUE_KINDS, Quantization
+from vnm_compile.quantization import VALUE_KINDS, Quantization
 
 REPORT = "quantising.json"
-
-
-def group_size(text: str) -> int | str:
-    """What `vnm.quantize` takes for a group that was given as text."""
-    return int(text) if text.isdecimal() else text
 
 
 def quantize(
     model_dir: ModelDirectory,
     out: Out,
     values: Annotated[str, typer.Option(help=f"One of {', '.join(VALUE_KINDS)}.")] = "int8",
-    group: Annotated[
-        str, typer.Option(help=f"Kept values that share a scale: {', '.join(map(str, GROUPS))}, or row.")
-    ] = "64",
+    group: Group = "64",
     activations: Annotated[
         str | None, typer.Option(help="int8 to round the layers' inputs, too, when they run.")
     ] = None,

@@ -14,7 +14,7 @@ from vnm_compile.codegen.schedule import Schedule
 from vnm_compile.codegen.triton.configs import Config, Shape
 from vnm_compile.codegen.triton.sparse_configs import SparseConfig
 from vnm_compile.hardware import Target
-from vnm_compile.inspection.assembly import Instructions, count_instructions, hot_loop
+from vnm_compile.inspection.assembly import Instructions, hot_loop
 from vnm_compile.inspection.limits import estimated_seconds, l2_bytes, least_seconds, products, tensor_seconds
 from vnm_compile.inspection.machine_code import MachineCode
 from vnm_compile.inspection.pipes import instruction_seconds, pipes_of, products_of, stall_cycles
@@ -145,12 +145,12 @@ def _config(constants: Mapping[str, Any]) -> Config:
 
 def _step(config: Config, shape: Shape, code: MachineCode, target: Target) -> tuple[dict[str, int], int | None, bool]:
     """Instructions by pipe and cycles that a warp waits, of a step, and whether tensor cores multiply."""
-    counted, lines = count_instructions(code.assembly, loop_only=True), (code.encoded or "").splitlines()
+    counted, lines = code.loop, (code.encoded or "").splitlines()
     if counted.total:
         steps = _steps_in_loop(config, shape, counted)
         lines = list(hot_loop(lines))
     else:
-        counted, steps = count_instructions(code.assembly), config.steps(shape)
+        counted, steps = code.instructions, config.steps(shape)
     pipes = pipes_of(counted.names, target.backend == "cuda")
     stalls = round(stall_cycles(lines) / steps) if code.encoded is not None else None
     return {pipe: round(times / steps) for pipe, times in pipes.items()}, stalls, counted.tensor_core > 0

@@ -12,7 +12,7 @@ import torch
 from vnm_compile.codegen.generate import GeneratedKernel
 from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.inspection.account import Account, account_of
-from vnm_compile.inspection.assembly import Instructions, count_instructions
+from vnm_compile.inspection.assembly import Instructions
 from vnm_compile.inspection.machine_code import MachineCode
 
 TOKENS = sympy.Symbol("T", positive=True)
@@ -79,15 +79,15 @@ class Kernel:
         """Shared memory of a block."""
         return self.code.shared_bytes if self.code else None
 
-    @cached_property
+    @property
     def instructions(self) -> Instructions | None:
         """Instructions of the whole kernel."""
-        return count_instructions(self.code.assembly) if self.code else None
+        return self.code.instructions if self.code else None
 
-    @cached_property
+    @property
     def loop(self) -> Instructions | None:
         """Instructions of its hot loop."""
-        return count_instructions(self.code.assembly, loop_only=True) if self.code else None
+        return self.code.loop if self.code else None
 
     @property
     def bytes_moved(self) -> sympy.Expr:

@@ -37,7 +37,7 @@ def l2_bytes(config: Config, shape: Shape, written: int) -> int:
     One token's activations lie side by side and come in sectors.
     """
     read = config.step_bytes(shape)
-    if is_vector(config):
+    if config.is_vector:
         size = shape.dtype.itemsize
         in_sectors = min(shape.spec.m * size, KEPT_COLUMNS * _SECTOR) - KEPT_COLUMNS * size
         read += (2 if shape.gated else 1) * config.block_g * in_sectors
@@ -46,7 +46,7 @@ def l2_bytes(config: Config, shape: Shape, written: int) -> int:
 
 def products(config: Config, shape: Shape) -> float:
     """Multiplications and additions of a step of a tile, each counted, as they are carried out."""
-    terms = shape.spec.n if is_vector(config) else KEPT_COLUMNS
+    terms = shape.spec.n if config.is_vector else KEPT_COLUMNS
     return (2.0 if shape.gated else 1.0) * 2 * config.block_o * config.block_t * terms * config.block_g
 
 
@@ -58,13 +58,8 @@ def tensor_seconds(config: Config, shape: Shape, target: Target) -> float:
     return products(config, shape) / peak
 
 
-def is_vector(config: Config) -> bool:
-    """Whether it is a kernel for one token, which has no tensor cores."""
-    return config.block_t == 1
-
-
 def estimated_seconds(config: Config, shape: Shape, target: Target) -> float:
     """The time by the model that ranks configurations."""
     if isinstance(config, SparseConfig):
         return sparse_seconds(config, shape, target)
-    return vector_seconds(shape, target) if is_vector(config) else seconds(config, shape, target)
+    return vector_seconds(shape, target) if config.is_vector else seconds(config, shape, target)

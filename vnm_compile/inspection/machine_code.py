@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from vnm_compile.hardware import Target
+from vnm_compile.inspection.assembly import Instructions, count_instructions
 
 _PASSED_ON = ("enable_fp_fusion",)
 """What Inductor hands from a kernel's file to the compiler, besides warps and stages."""
@@ -48,6 +50,16 @@ class MachineCode:
     spills: int
     shared_bytes: int
     config: Mapping[str, Any]
+
+    @cached_property
+    def instructions(self) -> Instructions:
+        """Of the whole kernel."""
+        return count_instructions(self.assembly)
+
+    @cached_property
+    def loop(self) -> Instructions:
+        """Of its hot loop; none where there is no loop."""
+        return count_instructions(self.assembly, loop_only=True)
 
 
 def compile_kernel(source: str, name: str, target: Target) -> MachineCode:

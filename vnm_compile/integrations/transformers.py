@@ -32,7 +32,7 @@ from vnm_compile.format import detect
 from vnm_compile.layers import Layer, linear_layers
 from vnm_compile.memory import return_freed_memory
 from vnm_compile.quantization import Quantization
-from vnm_compile.quantizing.quantize import quantised_to_nearest
+from vnm_compile.quantizing.quantize import quantised_weight
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor, compress
 
@@ -334,7 +334,7 @@ class _OnTheFly(ConversionOps):
             raise at_layer(
                 name, "its weight holds NaN or infinity, which integers cannot stand for.", UnsupportedWeight
             )
-        return quantised_to_nearest(weight, self._quantization)
+        return quantised_weight(weight.packed, weight.layout_of_arrays, self._quantization)
 
     def finish(self, model: nn.Module) -> None:
         """Note the patterns, now that all is read.

@@ -134,9 +134,9 @@ def _quantised(
     packed = before.packed if isinstance(before, VNMTensor) else pack(before, spec, layer.name)
     out_features, in_features = before.shape
     floats = Layout(spec, out_features, in_features)
-    layout = replace(floats, quantization=quantization)
-    arrays = quantise_packed(packed, floats, layout, moment)
-    dense, after = unpack(packed, floats), unpack(arrays, layout)
+    weight = quantised_weight(packed, floats, quantization, moment)
+    layout = weight.layout_of_arrays
+    dense, after = unpack(packed, floats), unpack(weight.packed, layout)
     total = dense.double().norm()
     row = LayerQuantized(
         layer.name,
@@ -148,15 +148,16 @@ def _quantised(
         float((after.double() - dense.double()).norm() / total) if total > 0 else 0.0,
         None if moment is None else output_error(dense, after, moment.to(dense.device)),
     )
-    return VNMTensor._wrap(arrays, layout, False), row
+    return weight, row
 
 
-def quantised_to_nearest(weight: VNMTensor, quantization: Quantization) -> VNMTensor:
-    """A compressed weight of finite floats with its values rounded to the nearest levels."""
-    floats = weight.layout_of_arrays
+def quantised_weight(
+    packed: Packed, floats: Layout, quantization: Quantization, moment: Tensor | None = None
+) -> VNMTensor:
+    """The weight whose arrays with finite floats are given, with values rounded as `quantise_packed` does."""
     layout = replace(floats, quantization=quantization)
     with torch.no_grad(), plain_numerics():
-        return VNMTensor._wrap(quantise_packed(weight.packed, floats, layout), layout, False)
+        return VNMTensor._wrap(quantise_packed(packed, floats, layout, moment), layout, False)
 
 
 def quantise_packed(packed: Packed, floats: Layout, layout: Layout, moment: Tensor | None = None) -> Packed:

@@ -64,7 +64,7 @@ class Measured:
         self._sparse: dict[tuple[_Size, Spec], float] = {}
         dense: dict[_Size, list[float]] = {}
         sizes = dict.fromkeys(map(_Size.of, layers))
-        wanted = [(size, spec) for size in sizes for spec in specs if size[0] >= spec.v and size[1] >= spec.m]
+        wanted = [(size, spec) for size in sizes for spec in specs if spec.fits(*size[:2])]
         parts = [wanted[i : i + _COMPILED_TOGETHER] for i in range(0, len(wanted), _COMPILED_TOGETHER)]
         for part in track(parts, "measuring kernels", transient=True, disable=not progress):
             problems = [Problem(tokens, Layout(spec, *size[:2], quantization), *size[2:]) for size, spec in part]

@@ -94,11 +94,6 @@ def select_spec(
     return search.one_a_layer(batches) if per_layer else search.one_for_all(batches, trial)
 
 
-def _fits(layer: Layer, spec: Spec) -> bool:
-    """Whether the layer is at least a block of the pattern."""
-    return layer.weight.shape[0] >= spec.v and layer.weight.shape[1] >= spec.m
-
-
 class _Search:
     """What every way of choosing looks at: the layers, and what each pattern would gain them."""
 
@@ -117,7 +112,7 @@ class _Search:
 
     def fitting(self, layer: Layer, spec: Spec) -> Spec | None:
         """The pattern where the layer is at least a block of it."""
-        return spec if _fits(layer, spec) else None
+        return spec if spec.fits(*layer.weight.shape) else None
 
     def row(self, name: str, specs: Sequence[Spec | None]) -> Candidate:
         """What a pattern for each layer comes to."""

@@ -79,6 +79,11 @@ class Config:
     stages: int
     splits: int = 1
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is for the kernels for one token, which have no tensor cores."""
+        return self.block_t == 1
+
     def shared_bytes(self, shape: Shape) -> int:
         """Shared memory that the loop's buffers take, as measured on Triton 3.6 and 3.7 (an upper bound).
 
