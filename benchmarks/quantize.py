@@ -20,7 +20,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import vnm_compile as vnm
-from benchmarks import distill
+from benchmarks import minilm, minilm_texts
 from benchmarks.report import keep
 from vnm_compile.convert import compressed_layers
 from vnm_compile.layers import Layer, linear_layers
@@ -55,7 +55,7 @@ def figures(model: nn.Module, dense: nn.Module, moments: dict[str, Tensor], data
     now = {layer.name: _dense(layer) for layer in linear_layers(model)}
     errors = [output_error(before[name], now[name], moment) for name, moment in moments.items()]
     return mean(errors), *(
-        distill.agreement(distill.embed(model, found), each)[0]
+        minilm.agreement(minilm.embed(model, found), each)[0]
         for found, each in zip((data.general, data.docs), expected, strict=True)
     )
 
@@ -69,7 +69,7 @@ def run(dense: nn.Module, data: Any, spec: str) -> Iterator[Row]:
     """Prune once, then quantise in every way."""
     layers = [layer for layer in linear_layers(dense) if layer.name.startswith("encoder")]
     moments = dict(zip((layer.name for layer in layers), second_moments(dense, layers, data.calibration), strict=True))
-    expected = [distill.embed(dense, found) for found in (data.general, data.docs)]
+    expected = [minilm.embed(dense, found) for found in (data.general, data.docs)]
     pruned = copy.deepcopy(dense)
     vnm.sparsify(pruned, spec, method="second_order", calibration=data.calibration, include="encoder", progress=False)
     packed = copy.deepcopy(pruned)
@@ -107,8 +107,8 @@ def main() -> None:
     parser.add_argument("--specs", default="64:2:8", help="patterns (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results and docs/quantization.md")
     options = parser.parse_args()
-    dense, tokenizer = distill.load()
-    data, rows, specs = distill.texts(tokenizer), [], options.specs.split(",")
+    dense, tokenizer = minilm.load()
+    data, rows, specs = minilm_texts.texts(tokenizer), [], options.specs.split(",")
     with Progress() as progress:
         bar = progress.add_task("quantising", total=len(specs) * (1 + len(WAYS)))
         for spec in specs:

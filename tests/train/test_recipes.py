@@ -105,7 +105,7 @@ def test_many_weights_at_once_get_the_masks_that_each_would_get(pattern, monkeyp
     weights = [torch.randn(o, k).abs() for o, k in ((64, 128), (33, 17), (8, 8), (1, 1), (130, 260), (64, 128))]
     each = [pattern.mask(weight) for weight in weights]
     for most in (1, 5000, 1 << 22):  # alone, by neighbours, all
-        monkeypatch.setattr(sys.modules[project_together.__module__], "_CHUNK_ELEMENTS", most)
+        monkeypatch.setattr(sys.modules[project_together.__module__], "CHUNK_ELEMENTS", most)
         together = pattern.masks(weights)
         assert all(torch.equal(ours, alone) for ours, alone in zip(together, each, strict=True))
         assert all(mask.is_contiguous() for mask in together)

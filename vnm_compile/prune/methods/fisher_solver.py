@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from vnm_compile.prune.project import EXACT_UP_TO, grow_columns
+from vnm_compile.prune.columns import EXACT_UP_TO, grow_columns
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 _CHUNK_ELEMENTS = 1 << 23  # of the Fisher that is worked on at a time: bounds the memory beyond it to some 300 MB

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vnm_compile.prune.project import choose_columns, column_value, value_with_each
+from vnm_compile.prune.columns import choose_columns, column_value, value_with_each
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 _CHUNK_ELEMENTS = 1 << 22  # scores that are worked on at a time
