@@ -61,10 +61,15 @@ class Judge:
         return Figures(*(figure for found, dense in both for figure in agreement(embed(model, found), dense)))
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has units for products of bf16."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
 def teacher(dense: nn.Module) -> nn.Module:
     """A copy that teaches, compiled; in bf16 where the CPU multiplies it: to 1e-3 the same, in half the time."""
     model = copy.deepcopy(dense)
-    if torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if multiplies_bf16():
         model.bfloat16()
     model.compile()
     return model
