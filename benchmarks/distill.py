@@ -33,7 +33,7 @@ from vnm_compile import train
 from vnm_compile.machine import machine
 
 RESULTS = ROOT / "benchmarks" / "results"
-RATE = 5e-4
+RATE = 1e-3
 TERMS = train.Terms(hidden=1, embeddings=2)
 
 

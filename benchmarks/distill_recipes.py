@@ -30,7 +30,7 @@ from benchmarks.report import keep, save
 from vnm_compile import train
 from vnm_compile.machine import machine
 
-SPEC, RATE = "64:2:8", 5e-4
+SPEC, RATE = "64:2:8", 1e-3
 FIXED = {"fixed": 0.3}  # share of the steps that is left for training under the final masks
 
 

@@ -16,6 +16,7 @@ from vnm_compile import ops, train
 from vnm_compile.errors import NothingSelected, PatternViolation, UnsupportedWeight
 from vnm_compile.format import pack, unpack
 from vnm_compile.layout import Layout
+from vnm_compile.native import gradients
 from vnm_compile.spec import Spec
 from vnm_compile.tensor import VNMTensor
 from vnm_compile.train.values import ValuesLinear
@@ -24,6 +25,7 @@ SPEC = "16:2:8"
 CASES = [
     ("64:2:8", 128, 64, 70), ("16:1:5", 37, 43, 3), ("4:2:4", 10, 9, 130), ("1:2:16", 5, 40, 65), ("8:2:7", 24, 20, 1),
     ("32:2:300", 64, 700, 20), ("128:2:8", 200, 384, 64), ("24:2:6", 60, 31, 49), ("256:1:16", 300, 100, 200),
+    ("7:2:9", 45, 61, 131),
 ]  # fmt: skip
 
 
@@ -72,14 +74,29 @@ def test_gradients_by_kernels(spec, out_features, in_features, tokens, dtype):
             assert_as_accurate_as_dense(mine, dense, exact)
 
 
+@pytest.mark.parametrize("hidden", ["__AVX512BF16__", "__AVX512F__"])
+def test_gradients_on_lesser_machines(hidden, monkeypatch):
+    """The same source where the compiler does not know of some instructions."""
+    without = f"#undef {hidden}\n#undef __AVX512BF16__\n{gradients.source()}"
+    monkeypatch.setattr(gradients, "source", lambda: without)
+    gradients._function.cache_clear()
+    try:
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for case in (CASES[0], CASES[1], CASES[-1]):
+                test_gradients_by_kernels(*case, dtype)
+    finally:
+        gradients._function.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["offset", "transposed", "expanded", "three dimensions", "no tokens", "rows apart"])
-def test_gradients_of_operands_that_lie_otherwise(kind):
+def test_gradients_of_operands_that_lie_otherwise(kind, dtype):
     torch.manual_seed(0)
     layout = Layout(Spec.parse("16:2:8"), 40, 56)
     layer = make_sparse_(nn.Linear(56, 40), "16:2:8")
-    values, *structure = pack(layer.weight.detach().double(), layout.spec)
+    values, *structure = pack(layer.weight.detach().to(dtype), layout.spec)
     make = {
-        "offset": lambda n: torch.randn(9, n, dtype=torch.float64)[2:],
+        "offset": lambda n: torch.randn(9, n, dtype=torch.float64).to(dtype)[2:],
         "transposed": lambda n: torch.randn(n, 7, dtype=torch.float64).t(),
         "expanded": lambda n: torch.randn(1, n, dtype=torch.float64).expand(7, n),
         "three dimensions": lambda n: torch.randn(2, n, 5, dtype=torch.float64).transpose(1, 2),
@@ -89,11 +106,15 @@ def test_gradients_of_operands_that_lie_otherwise(kind):
     if kind == "rows apart":
         wide = [F.pad(each, (0, 8)) for each in (values, structure[0])]
         values, structure = wide[0][:, : values.shape[1]], [wide[1][:, : structure[0].shape[1]], structure[1]]
-    grad, x = make(40), make(56)
+    grad, x = make(40).to(dtype), make(56).to(dtype)
     dx = torch.ops.vnm.linear_input_grad(grad, values, structure, layout.text)
     dv = torch.ops.vnm.linear_values_grad(grad, x, structure, layout.text)
-    torch.testing.assert_close(dx, ops._linear_input_grad(grad, values, structure, layout.text))
-    torch.testing.assert_close(dv, ops._linear_values_grad(grad, x, structure, layout.text))
+    wide = (grad.double(), values.double(), x.double())
+    close = {} if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-2}  # of a result that is rounded to bf16
+    exact = ops._linear_input_grad(wide[0], wide[1], structure, layout.text)
+    torch.testing.assert_close(dx.double(), exact, **close)
+    exact = ops._linear_values_grad(wide[0], wide[2], structure, layout.text)
+    torch.testing.assert_close(dv.double(), exact, **close)
 
 
 def test_derivatives_against_differences():

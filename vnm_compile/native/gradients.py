@@ -1,6 +1,7 @@
 """The gradients of `vnm::linear` on a CPU, by kernels of their own: no weight is unpacked.
 
-Importing this registers them for the ops; what they are built from lies in `gradients.cpp`.
+Importing this registers them for the ops; what they are built from lies in `units.h` and `gradients.cpp`. Operands in
+bf16 are multiplied as they are where the CPU has dot products of bf16, else widened.
 """
 
 from __future__ import annotations
@@ -71,12 +72,16 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 
+def source() -> str:
+    """All of the C++."""
+    return "\n".join(Path(__file__).with_name(part).read_text() for part in ("units.h", "gradients.cpp"))
+
+
 @cache
 def _function(name: str):  # type: ignore[no-untyped-def]
     from vnm_compile.codegen.inductor import load_cpp  # Inductor takes seconds to import
 
-    library = load_cpp(Path(__file__).with_name("gradients.cpp").read_text())
-    function = getattr(library, name)
+    function = getattr(load_cpp(source()), name)
     function.argtypes = (ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_void_p] * 5)
     function.restype = None
     return function
