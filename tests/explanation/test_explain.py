@@ -154,3 +154,27 @@ def test_what_stays_in_memory_is_said():
     assert found.totals["resident_bytes"] == found.totals["stored_bytes"] < found.totals["dense_bytes"]
     assert "In memory stay" not in str(found)
     assert found.to_dict()["layers"][0]["resident_bytes"] == found["0"].stored_bytes
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "target", "reason"),
+    [
+        ("8:2:8", torch.float16, "sm_90", "no kernel on GPUs takes blocks of 8 rows"),
+        ("24:2:8", torch.float16, "gfx942", "no kernel on GPUs takes blocks of 24 rows"),
+        ("16:2:8", torch.float64, "sm_80", "no kernel on GPUs takes float64"),
+        ("16:2:8", torch.float64, None, "no kernel on CPUs takes float64"),
+        ("8:2:8", torch.float16, None, None),
+        ("48:2:8", torch.float32, "sm_80", None),
+    ],
+)
+def test_weights_that_no_kernel_multiplies_by_are_told(spec, dtype, target, reason):
+    """They are compressed, and what a call does is to unpack them; that must not be called sparse."""
+    net = make_sparse_(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), spec).to(dtype)
+    vnm.compress_model(net, spec)
+    x = torch.randn(32, 64).to(dtype)
+    report = vnm.inspect(net, x, target=target) if target else None
+    layers = (report.explanation if report else vnm.explain(net, x)).layers
+    assert {layer.decision for layer in layers} == {"sparse" if reason is None else "dense"}
+    assert all(reason is None or reason in layer.reason for layer in layers)
+    if report:
+        assert bool(report.sparse) == (reason is None)

@@ -278,7 +278,7 @@ def test_gpus_round_no_activations_and_explain_says_so():
     assert not report.sparse
     assert {layer.decision for layer in report.explanation.layers} == {"dense"}
     assert report.explanation.device == "sm_90"
-    decision, reason = _told("sparse", COMPRESSED, net.down.weight.layout_of_arrays, "cuda:0")
+    decision, reason = _told("sparse", COMPRESSED, net.down.weight.layout_of_arrays, torch.float32, "cuda:0")
     assert decision == "dense"
     assert "values as int8/32, activations rounded to int8; no kernel on GPUs rounds activations" in reason
 

@@ -10,5 +10,5 @@ from vnm_compile.codegen.triton import lowering as triton
 from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.prepack import Prepack
 
-register_kernels("cpu", Kernels(cpp.linear, cpp.gated_linear, Prepack()))
-register_kernels("cuda", Kernels(triton.linear, triton.gated_linear, AlignedRows()))
+register_kernels("cpu", Kernels(cpp.linear, cpp.gated_linear, cpp.lacking, Prepack()))
+register_kernels("cuda", Kernels(triton.linear, triton.gated_linear, triton.lacking, AlignedRows()))

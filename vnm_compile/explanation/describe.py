@@ -13,6 +13,7 @@ from torch import nn
 from vnm_compile.annotate import annotation_of
 from vnm_compile.backend import Prepared
 from vnm_compile.checks import why_unusable
+from vnm_compile.codegen.inductor import why_no_kernel
 from vnm_compile.cost import CostModel
 from vnm_compile.explanation.explanation import Explanation
 from vnm_compile.explanation.layer import COMPRESSED, LayerReport
@@ -126,7 +127,9 @@ def _graph_reports(graph: Prepared, devices: Mapping[str, Place], device: Place)
 
 def _decided(decision: Decision, joined: tuple[str, ...], device: Place) -> LayerReport:
     facts = _weight_facts(decision.shape, decision.dtype, decision.layout, decision.tokens, device)
-    outcome, reason = _told("sparse" if decision.sparse else "dense", decision.reason, decision.layout, device)
+    outcome, reason = _told(
+        "sparse" if decision.sparse else "dense", decision.reason, decision.layout, decision.dtype, device
+    )
     return LayerReport(
         name=plain_name(decision.name),
         decision=outcome,
@@ -168,20 +171,25 @@ def _by_weight(layer: Layer, device: Place) -> LayerReport:
     if isinstance(weight, VNMTensor):
         stored = weight.layout_of_arrays
     facts = _weight_facts(shape, dtype, stored, None, device)
-    decision, reason = _told(decision, reason, stored, device)
+    decision, reason = _told(decision, reason, stored, dtype, device)
     return LayerReport(name=plain_name(layer.name), decision=decision, reason=reason, **facts)
 
 
-def _told(decision: str, reason: str, layout: Layout | None, device: Place) -> tuple[str, str]:
-    """Decision and reason of a layer; of one with quantised values also how these are stored and computed with."""
-    if layout is None or layout.quantization is None:
+def _told(
+    decision: str, reason: str, layout: Layout | None, dtype: torch.dtype | None, device: Place
+) -> tuple[str, str]:
+    """Decision and reason of a layer: how quantised values are stored, and why a weight is unpacked if it is."""
+    if layout is None:
         return decision, reason
-    how = f"values as {layout.exact.quantization}"
-    how += ", activations rounded to int8" if layout.rounds else ""
-    reason = reason.replace(COMPRESSED, f"{COMPRESSED}, {how}", 1)
-    if layout.rounds and not str(device).startswith("cpu"):
-        return "dense", f"{reason}; no kernel on GPUs rounds activations: the weight is unpacked on every call"
-    return decision, reason
+    if layout.quantization is not None:
+        how = f"values as {layout.exact.quantization}"
+        how += ", activations rounded to int8" if layout.rounds else ""
+        reason = reason.replace(COMPRESSED, f"{COMPRESSED}, {how}", 1)
+    kind = "cuda" if isinstance(device, Target) else torch.device(device).type
+    if decision == "dense" or dtype is None or kind == "meta":
+        return decision, reason
+    lacking = why_no_kernel(kind, layout, dtype)
+    return ("dense", f"{reason}; {lacking}: the weight is unpacked on every call") if lacking else (decision, reason)
 
 
 def _size(layer: Layer) -> tuple[tuple[int, int] | None, torch.dtype | None]:

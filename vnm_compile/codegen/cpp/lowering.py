@@ -24,8 +24,14 @@ def gated_linear(x: Any, arrays: list[Any], layout: Layout, activation: str) -> 
     return _lower(x, arrays, layout, activation)
 
 
+def lacking(layout: Layout, dtype: torch.dtype) -> str | None:
+    """Why no kernel multiplies by weights of a layout and a dtype, whatever the activation; None if one does."""
+    return None if dtype in _DTYPES else f"no kernel on CPUs takes {str(dtype).removeprefix('torch.')}"
+
+
 def _lower(x: Any, arrays: list[Any], layout: Layout, activation: str | None) -> Any:
-    if x.get_dtype() not in _DTYPES or layout.weight_dtype([array.get_dtype() for array in arrays]) != x.get_dtype():
+    same = layout.weight_dtype([array.get_dtype() for array in arrays]) == x.get_dtype()
+    if not same or lacking(layout, x.get_dtype()) is not None:
         return None
     *leading, _ = x.get_size()
     inputs = readable([reshape(x, [prod(leading), layout.in_features]), *arrays])

@@ -40,7 +40,7 @@ from vnm_compile.codegen.inductor.nodes import (
     size_hint,
     tunes_exhaustively,
 )
-from vnm_compile.codegen.inductor.registry import Kernels, has_lowering, prepack_of, register_kernels
+from vnm_compile.codegen.inductor.registry import Kernels, has_lowering, prepack_of, register_kernels, why_no_kernel
 
 __all__ = [
     "CppTemplateKernel",
@@ -89,4 +89,5 @@ __all__ = [
     "tunes_exhaustively",
     "view_in_2d",
     "watch_codegen",
+    "why_no_kernel",
 ]

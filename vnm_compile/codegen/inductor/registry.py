@@ -24,11 +24,13 @@ class Kernels:
     Attributes:
         linear, gated_linear: lowerings, of nodes for `x`, the arrays as a list, the layout (and the activation); each
             returns a node, or None for a case that it does not handle.
+        lacking: of a layout and a dtype, why they multiply by no such weight whatever the activation; None if they do.
         prepack: what they want the arrays to be like.
     """
 
     linear: Callable[..., Any]
     gated_linear: Callable[..., Any]
+    lacking: Callable[[Layout, torch.dtype], str | None]
     prepack: Prepack
 
 
@@ -43,6 +45,13 @@ def register_kernels(device: str, kernels: Kernels) -> None:
 def has_lowering(device: str) -> bool:
     """Whether there are sparse kernels for a type of device."""
     return device in _kernels
+
+
+def why_no_kernel(device: str, layout: Layout, dtype: torch.dtype) -> str | None:
+    """Why weights of a layout and a dtype are unpacked on every call on a type of device; None where they are not."""
+    if device not in _kernels:
+        return f"there are no sparse kernels for {device}"
+    return _kernels[device].lacking(layout, dtype)
 
 
 def prepack_of(device: str) -> Prepack:

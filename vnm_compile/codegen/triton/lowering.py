@@ -98,12 +98,21 @@ def gated_linear(x: Any, arrays: list[Any], layout: Layout, activation: str) -> 
     return None if result is None else reshape(result, [*leading, layout.out_features])
 
 
-def _supported(x: Any, arrays: list[Any], layout: Layout) -> bool:
+def lacking(layout: Layout, dtype: torch.dtype) -> str | None:
+    """Why no kernel multiplies by weights of a layout and a dtype, whatever the activation; None if one does."""
     if layout.rounds:
-        return False
-    same = x.get_dtype() in _DTYPES and layout.weight_dtype([array.get_dtype() for array in arrays]) == x.get_dtype()
+        return "no kernel on GPUs rounds activations"
+    if dtype not in _DTYPES:
+        return f"no kernel on GPUs takes {str(dtype).removeprefix('torch.')}"
+    if largest_block(layout.spec) < _FEWEST_ROWS:
+        return f"no kernel on GPUs takes blocks of {layout.spec.v} rows, which are no multiple of {_FEWEST_ROWS}"
     # Inductor stores to a tensor of one element without a mask, and a tile's other elements would overwrite it.
-    return same and largest_block(layout.spec) >= _FEWEST_ROWS and layout.out_features > 1 and 0 not in x.get_size()
+    return "no kernel on GPUs takes a single output" if layout.out_features == 1 else None
+
+
+def _supported(x: Any, arrays: list[Any], layout: Layout) -> bool:
+    same = layout.weight_dtype([array.get_dtype() for array in arrays]) == x.get_dtype()
+    return same and lacking(layout, x.get_dtype()) is None and 0 not in x.get_size()
 
 
 class _Sparse:
