@@ -69,7 +69,11 @@ FORBIDDEN = {
         "vnm_compile.cli",
     ],
     # What training, choosing patterns and further methods build on knows nothing of methods.
-    "prune/project.py": ["vnm_compile.prune"],
+    "prune/columns.py": ["vnm_compile.prune"],
+    "prune/project.py": [
+        *ABOVE_CALIBRATION,
+        *(f"vnm_compile.prune.{name}" for name in ("calibration", "masks", "pruned")),
+    ],
     "prune/masks.py": ["vnm_compile.prune"],
     "prune/pruned.py": [*ABOVE_CALIBRATION, "vnm_compile.prune.project"],
     "prune/calibration": [*ABOVE_CALIBRATION, "vnm_compile.prune.pruned", "vnm_compile.prune.project"],

@@ -7,10 +7,11 @@ from itertools import combinations
 import pytest
 import torch
 
+from vnm_compile.errors import BadScores
 from vnm_compile.native import columns as native
 from vnm_compile.prune import columns
-from vnm_compile.prune.columns import column_value
-from vnm_compile.prune.project import project
+from vnm_compile.prune.columns import column_value, way
+from vnm_compile.prune.project import project, project_columns
 
 BLOCKS = [(1, 1, 5), (37, 1, 8), (33, 16, 8), (5, 100, 16), (130, 64, 6), (2, 3, 12), (0, 16, 8)]
 
@@ -33,7 +34,7 @@ def scores_of(shape, kind, dtype=torch.float32):
 def test_all_choices_in_cpp(shape, dtype, kind):
     scores = scores_of(shape, kind, dtype)
     for n in (1, 2):
-        found = native.best_columns(scores, n)
+        found = native.columns_of(scores, n, 4, "try")
         assert found.dtype == torch.int64
         assert found.shape == (shape[0], 4)
         assert bool((found.diff(dim=1) > 0).all())
@@ -56,7 +57,7 @@ def test_all_choices_in_cpp(shape, dtype, kind):
 )
 def test_growing_in_cpp(shape, n, width, dtype, kind):
     scores = scores_of(shape, kind, dtype)
-    found, expected = native.grow_columns(scores, n, width), columns._grow(scores, n, width)
+    found, expected = native.columns_of(scores, n, width, "grow"), columns._grow(scores, n, width)
     assert bool((found.diff(dim=1) > 0).all())
     assert bool(((found >= 0) & (found < shape[2])).all())
     ours, theirs = column_value(scores, found, n), column_value(scores, expected, n)
@@ -66,21 +67,49 @@ def test_growing_in_cpp(shape, n, width, dtype, kind):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("spec", ["64:2:8", "16:1:16", "32:2:20", "100:2:6"])
-def test_masks_of_large_weights_are_as_good_as_those_of_torch(spec, monkeypatch):
-    scores = torch.rand(300, 517)
-    assert columns._runs_native(scores)
-    ours = project(scores, spec)
+PATTERNS = [(64, 4, 2, 8), (16, 4, 1, 16), (32, 4, 2, 20), (100, 4, 2, 6), (8, 4, 3, 8), (64, 32, 16, 64), (8, 5, 5, 8)]
+PATTERNS += [(1, 8, 2, 8), (512, 4, 2, 4), (16, 4, 4, 8)]
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
+@pytest.mark.parametrize(("v", "width", "n", "m"), PATTERNS)
+def test_masks_in_cpp_are_as_good_as_those_of_torch(v, width, n, m, kind, monkeypatch):
+    """With tails of rows and columns: N of each group of a row, in no more columns of a block than are kept."""
+    scores = scores_of((300, 517), kind)
+    assert columns.runs_native([scores])
+    ours = project_columns(scores, v, width, n, m)
     monkeypatch.setattr(columns, "_NATIVE_FROM", 1 << 40)
-    theirs = project(scores, spec)
-    assert float((ours != theirs).float().mean()) < 1e-3
+    theirs = project_columns(scores, v, width, n, m)
+    assert ours.dtype == torch.bool
+    assert ours.is_contiguous()
     torch.testing.assert_close((scores * ours).sum(), (scores * theirs).sum(), rtol=1e-5, atol=0)
+    for mask in (ours, theirs):
+        groups = [part.sum(1) for part in mask.split(m, dim=1)]
+        assert all(bool((each == n).all()) for each in groups[:-1])
+        blocks = [block.any(0).sum() for rows in mask.split(v) for block in rows.split(m, dim=1)]
+        assert max(int(each) for each in blocks) <= width
+    if kind == "random" and way(n, width, m) != "grow":
+        assert float((ours != theirs).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("spec", ["64:2:8", "16:2:20", "8:4:4"])
+def test_nan_is_refused(spec):
+    scores = torch.rand(256, 512)
+    scores[200, 300] = torch.nan
+    with pytest.raises(BadScores, match="NaN"):
+        project_columns(scores, *((8, 4, 4, 8) if spec == "8:4:4" else (16, 4, 2, int(spec.split(":")[2]))))
+    with pytest.raises(BadScores, match="NaN"):
+        native.columns_of(scores.view(-1, 16, 8), 2, 4, "try")
 
 
 def test_strided_scores_and_such_that_require_gradients():
     base = torch.rand(16, 40, 33)
     scores = base[:, ::2, 1:].transpose(1, 2).requires_grad_()
-    assert torch.equal(native.best_columns(scores[..., :8], 2), native.best_columns(scores[..., :8].clone(), 2))
+    some = scores[..., :8]
+    assert torch.equal(native.columns_of(some, 2, 4, "try"), native.columns_of(some.clone(), 2, 4, "try"))
+    matrix = torch.rand(64, 700)[:, 3:603].requires_grad_()
+    assert torch.equal(project(matrix, "16:2:8"), project(matrix.detach().clone(), "16:2:8"))
+    assert torch.equal(project(matrix.t(), "16:2:8"), project(matrix.t().contiguous(), "16:2:8"))
 
 
 def test_without_a_compiler_torch_searches_and_says_so(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vnm_compile as vnm
-from vnm_compile.prune.columns import best_columns, column_value, grow_columns
+from vnm_compile.prune.columns import column_value, columns_of
 from vnm_compile.prune.project import project
 from vnm_compile.spec import Spec
 
@@ -39,7 +39,7 @@ def test_masks_follow_the_pattern_at_the_tails(out, width, spec):
 def test_wide_groups_are_never_worse_than_greedy_and_close_to_exact():
     blocks = torch.rand(50, 16, 14)
     for n in (1, 2):
-        exact = column_value(blocks, best_columns(blocks, n), n)
-        found = column_value(blocks, grow_columns(blocks, n), n)
+        exact = column_value(blocks, columns_of(blocks, n, 4, "try"), n)
+        found = column_value(blocks, columns_of(blocks, n, 4, "grow"), n)
         assert bool((found <= exact * (1 + 1e-5)).all())
         assert float((found / exact).mean()) > 0.995

@@ -1,13 +1,14 @@
-// Which columns the blocks of a matrix of scores keep, on a CPU: every choice of 4 tried, or any number grown.
+// Which columns the blocks of a matrix of scores keep, on a CPU, and which scores that keeps.
 //
-// Trying takes as many blocks at a time as a vector has lanes, so that nothing is summed up across lanes. Growing goes
-// another way in each block, so there a vector holds rows of one block.
+// All choices of 4 are tried, or a set of any size is grown. Trying takes as many blocks at a time as a vector has lanes, so
+// that nothing is summed up across lanes. Growing goes another way in each block, so there a vector holds rows of one.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 namespace {
@@ -48,8 +49,25 @@ template <class V> struct Scratch {
   V *first;
 };
 
+enum Way : int64_t { kAll, kSums, kTry, kGrow };
+
+// The scores, [rows][columns], and what of each V x M block is kept: `width` columns, and of these n in every row.
 struct Problem {
-  int64_t blocks, v, m, n, width, threads;
+  int64_t rows, columns, stride, v, m, n, width, way, threads;
+  int64_t groups() const { return (columns + m - 1) / m; }
+  int64_t blocks() const { return (rows + v - 1) / v * groups(); } // side by side, then below
+};
+
+// A block of the scores. Past the end it has less than anything real, so that this is kept only where nothing real is left.
+template <class A> struct Block {
+  Block(const Problem &p, const A *scores, int64_t number)
+      : row(number / p.groups() * p.v), column(number % p.groups() * p.m), rows(std::min(p.v, p.rows - row)),
+        columns(std::min(p.m, p.columns - column)), stride(p.stride), first(scores + row * stride + column) {}
+  A operator()(int64_t r, int64_t c) const {
+    return r < rows && c < columns ? first[r * stride + c] : -std::numeric_limits<A>::min();
+  }
+  int64_t row, column, rows, columns, stride;
+  const A *first;
 };
 
 // out[c] = the sum over rows of max(least[row], columns[c][row]).
@@ -123,33 +141,43 @@ template <class A> Best<A> try_all(const Problem &p, const typename Vectors<A>::
   return best;
 }
 
-template <class A> void best_columns(const Problem &p, const A *blocks, int64_t *result) {
-  using V = typename Vectors<A>::type;
-  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+// The numbers of the choices in the order in which they are tried.
+std::vector<int64_t> choices_of(int64_t m) {
   std::vector<int64_t> choices;
-  for (int64_t i = 0; i < p.m; ++i)
-    for (int64_t j = i + 1; j < p.m; ++j)
-      for (int64_t k = j + 1; k < p.m; ++k)
-        for (int64_t q = k + 1; q < p.m; ++q)
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = i + 1; j < m; ++j)
+      for (int64_t k = j + 1; k < m; ++k)
+        for (int64_t q = k + 1; q < m; ++q)
           choices.insert(choices.end(), {i, j, k, q});
-#pragma omp parallel num_threads(p.threads)
-  {
-    Scratch<V> x(p.m * p.v), room(3 * p.v);
-    std::fill(x.first, x.first + p.m * p.v, V{});
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < p.blocks; first += lanes) {
-      int64_t count = std::min(lanes, p.blocks - first);
-      for (int64_t lane = 0; lane < count; ++lane)
-        for (int64_t row = 0; row < p.v; ++row)
-          for (int64_t column = 0; column < p.m; ++column)
-            reinterpret_cast<A *>(x.first + column * p.v + row)[lane] =
-                blocks[((first + lane) * p.v + row) * p.m + column];
-      Best<A> best = try_all<A>(p, x.first, room.first);
-      for (int64_t lane = 0; lane < count; ++lane)
-        std::copy_n(choices.begin() + best.number[lane] * kKept, kKept, result + (first + lane) * kKept);
-    }
-  }
+  return choices;
 }
+
+// Try all for several blocks at a time.
+template <class A> struct Trying {
+  using V = typename Vectors<A>::type;
+  static constexpr int64_t lanes = sizeof(V) / sizeof(A);
+
+  Trying(const Problem &p) : p(p), choices(choices_of(p.m)), x(p.m * p.v), room(3 * p.v) {
+    std::fill(x.first, x.first + p.m * p.v, V{});
+  }
+
+  void find(const A *scores, int64_t first, int64_t count, int64_t *result) {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      Block<A> block(p, scores, first + lane);
+      for (int64_t row = 0; row < p.v; ++row)
+        for (int64_t column = 0; column < p.m; ++column)
+          reinterpret_cast<A *>(x.first + column * p.v + row)[lane] = block(row, column);
+    }
+    Best<A> best = try_all<A>(p, x.first, room.first);
+    for (int64_t lane = 0; lane < count; ++lane)
+      std::copy_n(choices.begin() + best.number[lane] * kKept, kKept, result + lane * kKept);
+  }
+
+private:
+  const Problem &p;
+  std::vector<int64_t> choices;
+  Scratch<V> x, room; // [M][V]; what try_all needs
+};
 
 // One block whose set of columns grows and changes: vectors of rows, `span` of them.
 template <class A> struct Growing {
@@ -159,11 +187,11 @@ template <class A> struct Growing {
   Growing(const Problem &p)
       : p(p), span((p.v + lanes - 1) / lanes), x(p.m * span), largest((p.n + 1) * span), least(span), inside(p.m) {}
 
-  void find(const A *block, int64_t *result) {
+  void find(const Block<A> &block, int64_t *result) {
     std::fill(x.first, x.first + p.m * span, V{});
     for (int64_t row = 0; row < p.v; ++row)
       for (int64_t column = 0; column < p.m; ++column)
-        reinterpret_cast<A *>(x.first + column * span)[row] = block[row * p.m + column];
+        reinterpret_cast<A *>(x.first + column * span)[row] = block(row, column);
     forget();
     std::fill(inside.begin(), inside.end(), false);
     for (int64_t position = 0; position < p.width; ++position) {
@@ -266,34 +294,99 @@ private:
   std::vector<char> inside;
 };
 
-template <class A> void grow_columns(const Problem &p, const A *blocks, int64_t *result) {
+// The columns with the largest sums, the first among equals.
+template <class A> void largest_sums(const Problem &p, const Block<A> &block, std::vector<A> &sums, int64_t *result) {
+  std::fill(sums.begin(), sums.end(), A(0));
+  for (int64_t row = 0; row < p.v; ++row)
+    for (int64_t column = 0; column < p.m; ++column)
+      sums[column] += block(row, column);
+  std::vector<int64_t> order(p.m);
+  std::iota(order.begin(), order.end(), 0);
+  std::partial_sort_copy(order.begin(), order.end(), result, result + p.width, [&](int64_t a, int64_t b) {
+    return sums[a] > sums[b] || (sums[a] == sums[b] && a < b);
+  });
+  std::sort(result, result + p.width);
+}
+
+// Mark in every row of a block the n largest scores in `columns`, the first among equals.
+template <class A> void mark(const Problem &p, const Block<A> &block, const int64_t *columns, bool *mask) {
+  std::vector<int64_t> order(p.width);
+  std::vector<A> scores(p.m);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    for (int64_t i = 0; i < p.width; ++i)
+      scores[columns[i]] = block(row, columns[i]);
+    auto before = [&](int64_t a, int64_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); };
+    std::copy_n(columns, p.width, order.begin());
+    if (p.n <= 2) { // by far the most
+      for (int64_t place = 0; place < std::min(p.n, p.width - 1); ++place)
+        for (int64_t i = p.width - 1; i > place; --i)
+          if (before(order[i], order[i - 1]))
+            std::swap(order[i], order[i - 1]);
+    } else if (p.n < p.width) {
+      std::nth_element(order.begin(), order.begin() + p.n - 1, order.end(), before);
+    }
+    for (int64_t i = 0; i < p.n; ++i)
+      if (order[i] < block.columns)
+        mask[(block.row + row) * p.columns + block.column + order[i]] = true;
+  }
+}
+
+// Whether there is a NaN, where nothing is found then.
+template <class A> bool has_nan(const Problem &p, const A *scores) {
+  int64_t found = 0;
+#pragma omp parallel for num_threads(p.threads) reduction(| : found)
+  for (int64_t row = 0; row < p.rows; ++row) {
+    int64_t here = 0;
+    for (int64_t column = 0; column < p.columns; ++column)
+      here |= scores[row * p.stride + column] != scores[row * p.stride + column];
+    found |= here;
+  }
+  return found != 0;
+}
+
+template <class A> int64_t project(const Problem &p, const A *scores, int64_t *columns, bool *mask) {
+  constexpr int64_t lanes = Trying<A>::lanes;
+  if (has_nan(p, scores))
+    return 1;
 #pragma omp parallel num_threads(p.threads)
   {
-    Growing<A> growing(p);
-#pragma omp for schedule(dynamic, 8)
-    for (int64_t block = 0; block < p.blocks; ++block)
-      growing.find(blocks + block * p.v * p.m, result + block * p.width);
+    std::unique_ptr<Trying<A>> trying(p.way == kTry ? new Trying<A>(p) : nullptr);
+    std::unique_ptr<Growing<A>> growing(p.way == kGrow ? new Growing<A>(p) : nullptr);
+    std::vector<A> sums(p.m);
+    std::vector<int64_t> found(lanes * p.width);
+    int64_t blocks = p.blocks();
+#pragma omp for schedule(dynamic)
+    for (int64_t first = 0; first < blocks; first += lanes) {
+      int64_t count = std::min(lanes, blocks - first);
+      if (trying)
+        trying->find(scores, first, count, found.data());
+      for (int64_t lane = 0; lane < count; ++lane) {
+        Block<A> block(p, scores, first + lane);
+        int64_t *its = found.data() + lane * p.width;
+        if (growing)
+          growing->find(block, its);
+        else if (p.way == kSums)
+          largest_sums(p, block, sums, its);
+        else if (p.way == kAll)
+          std::iota(its, its + p.width, 0);
+        if (columns)
+          std::copy_n(its, p.width, columns + (first + lane) * p.width);
+        if (mask)
+          mark(p, block, its, mask);
+      }
+    }
   }
+  return 0;
 }
 
 } // namespace
 
-// `numbers` are the fields of Problem, in order; scores [blocks][V][M], float or double; result [blocks][width].
+// `numbers` are the fields of Problem, in order; scores are float or double. What is not asked for is null: the columns,
+// [blocks][width], and the mask, [rows][columns], false so far. The answer is 1 if there is a NaN among the scores, else 0.
 
-extern "C" void vnm_best_columns(int64_t wide, const int64_t *numbers, const void *scores, int64_t *result) {
+extern "C" int64_t vnm_project(int64_t wide, const int64_t *numbers, const void *scores, int64_t *columns, bool *mask) {
   Problem p;
   std::memcpy(&p, numbers, sizeof(p));
-  if (wide)
-    best_columns<double>(p, (const double *)scores, result);
-  else
-    best_columns<float>(p, (const float *)scores, result);
-}
-
-extern "C" void vnm_grow_columns(int64_t wide, const int64_t *numbers, const void *scores, int64_t *result) {
-  Problem p;
-  std::memcpy(&p, numbers, sizeof(p));
-  if (wide)
-    grow_columns<double>(p, (const double *)scores, result);
-  else
-    grow_columns<float>(p, (const float *)scores, result);
+  return wide ? project<double>(p, (const double *)scores, columns, mask)
+              : project<float>(p, (const float *)scores, columns, mask);
 }

@@ -5,28 +5,54 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vnm_compile.errors import BadScores
 
-def best_columns(blocks: Tensor, n: int) -> Tensor:
-    """As `vnm_compile.prune.columns.best_columns`, for n of 1 or 2: `[X, V, M]` to int64 `[X, 4]`."""
-    return _run("vnm_best_columns", blocks, n, 4)
-
-
-def grow_columns(blocks: Tensor, n: int, width: int) -> Tensor:
-    """As `vnm_compile.prune.columns.grow_columns`: `[X, V, M]` to int64 `[X, width]`."""
-    return _run("vnm_grow_columns", blocks, n, width)
+Way = Literal["all", "sums", "try", "grow"]
+"""How columns are found: all of them, those with the largest sums, trying every choice of 4, or growing a set."""
+NAN = "the scores hold NaN, so there is no largest sum; look for NaN in the weight or activations."
+_WAYS: tuple[Way, ...] = ("all", "sums", "try", "grow")
 
 
-def _run(name: str, blocks: Tensor, n: int, width: int) -> Tensor:
-    blocks = blocks.detach().contiguous()
-    result = torch.empty(blocks.shape[0], width, dtype=torch.int64)
-    numbers = (*blocks.shape, n, width, torch.get_num_threads())
+def project(scores: Tensor, v: int, width: int, n: int, m: int, way: Way) -> Tensor:
+    """The mask of scores `[O, K]` in fp32 or fp64 that keeps, in every row, n of the `width` columns of each block.
+
+    Raises:
+        VNMError: there is a NaN among the scores.
+    """
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    if not _run(scores, v, width, n, m, way, None, mask):
+        raise BadScores(NAN)
+    return mask
+
+
+def columns_of(blocks: Tensor, n: int, width: int, way: Way) -> Tensor:
+    """The columns that blocks `[X, V, M]` keep: int64 `[X, width]`, increasing.
+
+    Raises:
+        VNMError: there is a NaN among the scores.
+    """
+    count, v, m = blocks.shape
+    found = torch.empty(count, width, dtype=torch.int64)
+    if not _run(blocks.reshape(count * v, m), v, width, n, m, way, found, None):
+        raise BadScores(NAN)
+    return found
+
+
+def _run(
+    scores: Tensor, v: int, width: int, n: int, m: int, way: Way, columns: Tensor | None, mask: Tensor | None
+) -> bool:
+    """Fill in what is asked for; False if there is a NaN."""
+    scores = scores.detach()
+    scores = scores if scores.shape[1] <= 1 or scores.stride(1) == 1 else scores.contiguous()
+    numbers = (*scores.shape, scores.stride(0), v, m, n, width, _WAYS.index(way), torch.get_num_threads())
     given = (ctypes.c_int64 * len(numbers))(*numbers)
-    _function(name)(blocks.dtype == torch.float64, given, blocks.data_ptr(), result.data_ptr())
-    return result
+    results = [each.data_ptr() if each is not None else None for each in (columns, mask)]
+    return not _function()(scores.dtype == torch.float64, given, scores.data_ptr(), *results)
 
 
 @cache
@@ -38,8 +64,8 @@ def build() -> ctypes.CDLL:
 
 
 @cache
-def _function(name: str):  # type: ignore[no-untyped-def]
-    function = getattr(build(), name)
-    function.argtypes = (ctypes.c_int64, *[ctypes.c_void_p] * 3)
-    function.restype = None
+def _function():  # type: ignore[no-untyped-def]
+    function = build().vnm_project
+    function.argtypes = (ctypes.c_int64, *[ctypes.c_void_p] * 4)
+    function.restype = ctypes.c_int64
     return function

@@ -8,7 +8,7 @@ weights, 20 to 200 times faster than the same in torch, which GPUs and machines 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import combinations
 
@@ -16,55 +16,61 @@ import torch
 from torch import Tensor
 
 from vnm_compile.native import columns as native
+from vnm_compile.native.columns import Way
 from vnm_compile.spec import KEPT_COLUMNS
 
 EXACT_UP_TO = 16
 CHUNK_ELEMENTS = 1 << 22  # scores that torch works on at a time: bounds the memory to some 100 MB
 _IN_CACHE = 1 << 17  # and where every choice is tried on a CPU: twice as fast as `CHUNK_ELEMENTS` for 1024 x 4096
-_NATIVE_FROM = 1 << 16  # scores; by size alone, so that a run that is taken up again chooses alike
+_NATIVE_FROM = 1 << 14  # scores; by size alone, so that a run that is taken up again chooses alike
 _MOST_SWEEPS = 8
 
 
 def choose_columns(blocks: Tensor, n: int, width: int = KEPT_COLUMNS) -> Tensor:
     """Return the columns that each block keeps: scores `[B, G, V, M]` to int64 `[B, G, width]`, increasing."""
     b, g, v, m = blocks.shape
-    if m == width:
-        return torch.arange(width, device=blocks.device).expand(b, g, width)
-    flat = blocks.reshape(b * g, v, m)
-    if n == width:
-        return flat.sum(1).topk(width).indices.sort(1).values.view(b, g, width)
-    if not flat.numel():
+    if not blocks.numel():
         return torch.zeros(b, g, width, dtype=torch.int64, device=blocks.device)
-    exact = width == KEPT_COLUMNS and n in (1, 2) and m <= EXACT_UP_TO
-    return (best_columns(flat, n) if exact else grow_columns(flat, n, width)).view(b, g, width)
+    return columns_of(blocks.reshape(b * g, v, m), n, width, way(n, width, m)).view(b, g, width)
+
+
+def way(n: int, width: int, m: int) -> Way:
+    """How the columns of blocks are found that keep `width` of m columns, and n of these in each row."""
+    if width == m:
+        return "all"
+    if n == width:
+        return "sums"
+    return "try" if width == KEPT_COLUMNS and n in (1, 2) and m <= EXACT_UP_TO else "grow"
+
+
+def columns_of(blocks: Tensor, n: int, width: int, way: Way) -> Tensor:
+    """As `choose_columns`, for blocks `[X, V, M]` in a given way.
+
+    "grow": a set grows column by column, then single ones are exchanged while that improves it. Scores are not
+    negative; of the columns in the set every row keeps its n largest.
+    """
+    if runs_native([blocks]):
+        return native.columns_of(blocks, n, width, way)
+    if way == "all":
+        return torch.arange(width, device=blocks.device).expand(len(blocks), width)
+    if way == "sums":
+        return blocks.sum(1).topk(width).indices.sort(1).values
+    search = partial(_try_all, n=n) if way == "try" else partial(_grow, n=n, width=width)
+    elements = _IN_CACHE if way == "try" and blocks.device.type == "cpu" else CHUNK_ELEMENTS
+    chunk = max(1, elements // (blocks.shape[1] * blocks.shape[2]))
+    return torch.cat([search(part) for part in blocks.split(chunk)])
+
+
+def runs_native(scores: Sequence[Tensor]) -> bool:
+    """Whether C++ searches all of these scores."""
+    fits = all(each.device.type == "cpu" and each.dtype in (torch.float32, torch.float64) for each in scores)
+    return fits and sum(each.numel() for each in scores) >= _NATIVE_FROM and _compiles()
 
 
 def column_value(blocks: Tensor, columns: Tensor, n: int) -> Tensor:
     """The score that blocks `[..., V, M]` keep with `columns` `[..., c]`: the n largest of these, over all rows."""
     index = columns.unsqueeze(-2).expand(*blocks.shape[:-1], columns.shape[-1])
     return blocks.gather(-1, index).topk(n, dim=-1).values.sum((-1, -2))
-
-
-def best_columns(blocks: Tensor, n: int) -> Tensor:
-    """Try every choice of 4 columns, for n = 1 or 2: scores `[X, V, M]` to int64 `[X, 4]`, increasing."""
-    if _runs_native(blocks):
-        return native.best_columns(blocks, n)
-    return _in_chunks(partial(_try_all, n=n), blocks, _IN_CACHE if blocks.device.type == "cpu" else CHUNK_ELEMENTS)
-
-
-def grow_columns(blocks: Tensor, n: int, width: int = KEPT_COLUMNS) -> Tensor:
-    """Grow a set column by column, then exchange single ones while that improves it: `[X, V, M]` to int64 `[X, width]`.
-
-    Scores are not negative; of the columns in the set every row keeps its n largest.
-    """
-    if _runs_native(blocks):
-        return native.grow_columns(blocks, n, width)
-    return _in_chunks(partial(_grow, n=n, width=width), blocks, CHUNK_ELEMENTS)
-
-
-def _runs_native(blocks: Tensor) -> bool:
-    floats = blocks.dtype in (torch.float32, torch.float64)
-    return floats and blocks.device.type == "cpu" and blocks.numel() >= _NATIVE_FROM and _compiles()
 
 
 @cache
@@ -81,12 +87,8 @@ def _compiles() -> bool:
     return True
 
 
-def _in_chunks(search: Callable[[Tensor], Tensor], blocks: Tensor, elements: int) -> Tensor:
-    chunk = max(1, elements // (blocks.shape[1] * blocks.shape[2]))
-    return torch.cat([search(part) for part in blocks.split(chunk)])
-
-
 def _try_all(blocks: Tensor, n: int) -> Tensor:
+    """Scores `[X, V, M]` to int64 `[X, 4]`, for n = 1 or 2."""
     by_column = blocks.permute(2, 1, 0).contiguous()  # [M, V, X]
     m = by_column.shape[0]
     larger, both = {}, {}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vnm_compile.errors import BadScores
-from vnm_compile.prune.columns import CHUNK_ELEMENTS, choose_columns
+from vnm_compile.native import columns as native
+from vnm_compile.prune.columns import CHUNK_ELEMENTS, choose_columns, runs_native, way
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 
@@ -45,6 +46,9 @@ def project_columns(scores: Tensor, v: int, width: int, n: int, m: int) -> Tenso
 
 def project_together(scores: Sequence[Tensor], v: int, width: int, n: int, m: int) -> list[Tensor]:
     """As `project_columns`, for several matrices of one dtype and device, whose small ones are worked on at once."""
+    scores = [_in_single(each) for each in scores]
+    if runs_native(scores):
+        return [native.project(each, v, width, n, m, way(n, width, m)) for each in scores]
     blocks = [_blocks(each, v, m) for each in scores]
     chosen: list[Tensor] = []
     for part in _parts(blocks):
@@ -55,6 +59,13 @@ def project_together(scores: Sequence[Tensor], v: int, width: int, n: int, m: in
         _mask(in_blocks, columns.view(*in_blocks.shape[:2], width), n)[: each.shape[0], : each.shape[1]].contiguous()
         for each, in_blocks, columns in zip(scores, blocks, chosen, strict=True)
     ]
+
+
+def _in_single(scores: Tensor) -> Tensor:
+    """A matrix of scores, in fp32 where it was in half precision: sums need the digits."""
+    if scores.dim() != 2:
+        raise BadScores(f"scores have shape {list(scores.shape)}; expected a matrix [out_features, in_features].")
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 
 def _parts(blocks: list[Tensor]) -> list[list[Tensor]]:
@@ -72,11 +83,8 @@ def _parts(blocks: list[Tensor]) -> list[list[Tensor]]:
 
 def _blocks(scores: Tensor, v: int, m: int) -> Tensor:
     """Scores `[O, K]` as `[B, G, V, M]`."""
-    if scores.dim() != 2:
-        raise BadScores(f"scores have shape {list(scores.shape)}; expected a matrix [out_features, in_features].")
     if scores.isnan().any():
-        raise BadScores("the scores hold NaN, so there is no largest sum; look for NaN in the weight or activations.")
-    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores  # sums need the digits
+        raise BadScores(native.NAN)
     out_features, in_features = scores.shape
     rows, groups = -(-out_features // v) * v, -(-in_features // m)
     # Padding scores less than anything real, so it is kept only where nothing real is left.

@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from vnm_compile.prune.columns import EXACT_UP_TO, grow_columns
+from vnm_compile.prune.columns import EXACT_UP_TO, choose_columns
 from vnm_compile.spec import KEPT_COLUMNS, Spec
 
 _CHUNK_ELEMENTS = 1 << 23  # of the Fisher that is worked on at a time: bounds the memory beyond it to some 300 MB
@@ -134,4 +134,4 @@ def _grown(scores: Tensor, spec: Spec, columns: int, kept: int) -> Tensor:
     rows, blocks, m = scores.shape
     padded = torch.cat([scores, scores.new_zeros(-rows % spec.v, blocks, m)])
     tiles = padded.view(-1, spec.v, blocks, m).transpose(1, 2)  # [row blocks, blocks, V, M]
-    return grow_columns(tiles.reshape(-1, spec.v, m), kept, columns).view(-1, blocks, columns)
+    return choose_columns(tiles, kept, columns)
