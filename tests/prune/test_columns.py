@@ -129,6 +129,17 @@ def test_without_a_compiler_torch_searches_and_says_so(monkeypatch):
     torch.testing.assert_close((scores * found).sum(), (scores * expected).sum(), rtol=1e-6, atol=0)
 
 
+def test_scores_of_a_subclass_are_torchs_to_search():
+    class Wrapped(torch.Tensor):
+        pass
+
+    scores = torch.rand(256, 512)
+    wrapped = scores.as_subclass(Wrapped)
+    assert not columns.runs_native([wrapped])
+    assert columns.runs_native([torch.nn.Parameter(scores)])
+    assert torch.equal(project(wrapped, "64:2:4"), project(scores, "64:2:4"))
+
+
 def test_half_precision_is_searched_in_single():
     scores = torch.rand(256, 512).to(torch.bfloat16)
     assert torch.equal(project(scores, "64:2:8"), project(scores.float(), "64:2:8"))

@@ -13,7 +13,7 @@ from functools import cache, partial
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vnm_compile.native import columns as native
 from vnm_compile.native.columns import Way
@@ -62,8 +62,13 @@ def columns_of(blocks: Tensor, n: int, width: int, way: Way) -> Tensor:
 
 
 def runs_native(scores: Sequence[Tensor]) -> bool:
-    """Whether C++ searches all of these scores."""
-    fits = all(each.device.type == "cpu" and each.dtype in (torch.float32, torch.float64) for each in scores)
+    """Whether C++ searches all of these scores: plain tensors, since subclasses may have no memory of their own."""
+    fits = all(
+        type(each) in (Tensor, nn.Parameter)
+        and each.device.type == "cpu"
+        and each.dtype in (torch.float32, torch.float64)
+        for each in scores
+    )
     return fits and sum(each.numel() for each in scores) >= _NATIVE_FROM and _compiles()
 
 
