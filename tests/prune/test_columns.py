@@ -112,6 +112,20 @@ def test_strided_scores_and_such_that_require_gradients():
     assert torch.equal(project(matrix.t(), "16:2:8"), project(matrix.t().contiguous(), "16:2:8"))
 
 
+def test_another_default_device_and_scores_that_are_negated_when_read():
+    scores = torch.rand(256, 512)
+    expected = project(scores, "64:2:8")
+    negated = torch._neg_view(-scores)
+    assert negated.is_neg()
+    assert torch.equal(project(negated, "64:2:8"), expected)
+    with torch.device("meta"):
+        found = project(scores, "64:2:8")
+        columns_found = native.columns_of(scores.view(-1, 64, 8), 2, 4, "try")
+    assert found.device.type == columns_found.device.type == "cpu"
+    assert torch.equal(found, expected)
+    assert torch.equal(columns_found, native.columns_of(scores.view(-1, 64, 8), 2, 4, "try"))
+
+
 def test_without_a_compiler_torch_searches_and_says_so(monkeypatch):
     def broken():
         raise RuntimeError("no compiler is here\nand more")

@@ -24,7 +24,7 @@ def project(scores: Tensor, v: int, width: int, n: int, m: int, way: Way) -> Ten
     Raises:
         VNMError: there is a NaN among the scores.
     """
-    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if not _run(scores, v, width, n, m, way, None, mask):
         raise BadScores(NAN)
     return mask
@@ -37,7 +37,7 @@ def columns_of(blocks: Tensor, n: int, width: int, way: Way) -> Tensor:
         VNMError: there is a NaN among the scores.
     """
     count, v, m = blocks.shape
-    found = torch.empty(count, width, dtype=torch.int64)
+    found = torch.empty(count, width, dtype=torch.int64, device=blocks.device)
     if not _run(blocks.reshape(count * v, m), v, width, n, m, way, found, None):
         raise BadScores(NAN)
     return found
@@ -47,7 +47,7 @@ def _run(
     scores: Tensor, v: int, width: int, n: int, m: int, way: Way, columns: Tensor | None, mask: Tensor | None
 ) -> bool:
     """Fill in what is asked for; False if there is a NaN."""
-    scores = scores.detach()
+    scores = scores.detach().resolve_neg()  # read by address: what is negated when read has to be so
     scores = scores if scores.shape[1] <= 1 or scores.stride(1) == 1 else scores.contiguous()
     numbers = (*scores.shape, scores.stride(0), v, m, n, width, _WAYS.index(way), torch.get_num_threads())
     given = (ctypes.c_int64 * len(numbers))(*numbers)
