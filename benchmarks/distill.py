@@ -26,15 +26,13 @@ from rich.progress import Progress
 from torch import nn
 
 import vnm_compile as vnm
-from benchmarks.minilm import INCLUDE, Judge, load, teacher, train_without_dropout
-from benchmarks.minilm_texts import Texts, batch_of, texts
+from benchmarks.minilm import INCLUDE, RATE, Judge, draw_to, load, optimizer_of, train_without_dropout
+from benchmarks.minilm_texts import Texts, texts
 from benchmarks.report import ROOT, keep, save
 from vnm_compile import train
 from vnm_compile.machine import machine
 
 RESULTS = ROOT / "benchmarks" / "results"
-RATE = 1e-3
-TERMS = train.Terms(hidden=1, embeddings=2)
 
 
 @dataclass(frozen=True)
@@ -74,18 +72,8 @@ def distil(
     model = copy.deepcopy(start)
     train.compress_for_training(model, include=INCLUDE)
     train_without_dropout(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    distillation = train.Distillation(teacher(dense), TERMS)
-    compiled, curve = torch.compile(model, backend="vnm"), []
-    for step in range(steps):
-        loss = distillation(compiled, **batch_of(data, step, seed)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        curve.append(loss.item())
-        moved(loss.item())
+    compiled = torch.compile(model, backend="vnm")
+    curve = draw_to(dense, compiled, optimizer_of(model, rate), data, seed, steps, moved)
     vnm.finalize(model)
     return model, curve
 

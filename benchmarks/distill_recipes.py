@@ -23,14 +23,14 @@ from rich.progress import Progress
 from torch import nn
 
 import vnm_compile as vnm
-from benchmarks.distill import RESULTS, TERMS
-from benchmarks.minilm import INCLUDE, Judge, load, multiplies_bf16, teacher, train_without_dropout
-from benchmarks.minilm_texts import Texts, batch_of, texts
+from benchmarks.distill import RESULTS
+from benchmarks.minilm import INCLUDE, RATE, Judge, draw_to, load, multiplies_bf16, optimizer_of, train_without_dropout
+from benchmarks.minilm_texts import Texts, texts
 from benchmarks.report import keep, save
 from vnm_compile import train
 from vnm_compile.machine import machine
 
-SPEC, RATE = "64:2:8", 1e-3
+SPEC = "64:2:8"
 FIXED = {"fixed": 0.3}  # share of the steps that is left for training under the final masks
 
 
@@ -83,25 +83,16 @@ def run(
     """Go one way and judge where it led; the training is seeded alike for all."""
     begin, way = time.perf_counter(), WAYS[name]
     torch.manual_seed(0)
-    model, curve, share = copy.deepcopy(dense), [], 0.0
+    model, share = copy.deepcopy(dense), 0.0
+    curve: list[float] = []
     if way.method is not None:
         vnm.sparsify(model, SPEC, way.method, calibration=data.calibration, include=INCLUDE, progress=False)
     if way.recipe is not None:
         train_without_dropout(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
-        distillation = train.Distillation(teacher(dense), TERMS)
+        optimizer = optimizer_of(model, RATE)
         spec = None if way.method is not None else SPEC
         training = train.begin(model, spec, way.recipe, steps, optimizer=optimizer, include=INCLUDE)
-        for step in range(steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
-                loss = distillation(model, **batch_of(data, step, seed=0)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            curve.append(loss.item())
-            moved(loss.item())
+        curve = draw_to(dense, model, optimizer, data, 0, steps, moved, autocast=multiplies_bf16())
         share = training.mask_share
         training.finalize()
     return Run(name, len(curve), time.perf_counter() - begin, *judge(model), share, curve)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
-from benchmarks.minilm_texts import Texts
+from benchmarks.minilm_texts import Texts, batch_of
+from vnm_compile import train
 
 INCLUDE = "encoder"  # the linears that are pruned: all but the embeddings
+RATE = 1e-3
+TERMS = train.Terms(hidden=1, embeddings=2)
 
 
 class Figures(NamedTuple):
@@ -81,3 +85,34 @@ def train_without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """What `draw_to` trains with."""
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
+
+
+def draw_to(
+    dense: nn.Module,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Texts,
+    seed: int,
+    steps: int,
+    moved: Callable[[float], None],
+    autocast: bool = False,
+) -> list[float]:
+    """Train a model, compiled or not, towards the dense one; the loss of every step, which `moved` is told, too."""
+    rate = optimizer.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    distillation, curve = train.Distillation(teacher(dense), TERMS), []
+    for step in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = distillation(model, **batch_of(data, step, seed)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        curve.append(loss.item())
+        moved(curve[-1])
+    return curve

@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_SOURCE = Path(__file__).with_name("contents.cpp")
-
 
 @cache
 def fingerprint() -> Callable[[Any, int], int]:
@@ -31,8 +29,18 @@ def checksum() -> Callable[[int, int, int, int], int]:
     return function
 
 
-@cache
-def _library() -> ctypes.CDLL:
+def source(*names: str) -> str:
+    """Files of this folder, one after the other."""
+    return "\n".join(Path(__file__).with_name(name).read_text() for name in names)
+
+
+def load(text: str) -> ctypes.CDLL:
+    """The library of a C++ source, compiled unless it was before."""
     from vnm_compile.codegen.inductor import load_cpp  # Inductor takes seconds to import
 
-    return load_cpp(_SOURCE.read_text())
+    return load_cpp(text)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return load(source("contents.cpp"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vnm_compile import native
 from vnm_compile.errors import BadScores
 
 Way = Literal["all", "sums", "try", "grow"]
@@ -58,9 +58,7 @@ def _run(
 @cache
 def build() -> ctypes.CDLL:
     """Compile, unless it was before."""
-    from vnm_compile.codegen.inductor import load_cpp  # Inductor takes seconds to import
-
-    return load_cpp(Path(__file__).with_name("columns.cpp").read_text())
+    return native.load(native.source("columns.cpp"))
 
 
 @cache

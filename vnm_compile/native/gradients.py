@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vnm_compile import native
 from vnm_compile.format import Packed, kept_values
 from vnm_compile.layout import Layout
 
@@ -74,14 +74,12 @@ def _rows(matrix: Tensor) -> Tensor:
 
 def source() -> str:
     """All of the C++."""
-    return "\n".join(Path(__file__).with_name(part).read_text() for part in ("units.h", "gradients.cpp"))
+    return native.source("units.h", "gradients.cpp")
 
 
 @cache
 def _function(name: str):  # type: ignore[no-untyped-def]
-    from vnm_compile.codegen.inductor import load_cpp  # Inductor takes seconds to import
-
-    function = getattr(load_cpp(source()), name)
+    function = getattr(native.load(source()), name)
     function.argtypes = (ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_void_p] * 5)
     function.restype = None
     return function
