@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,9 +21,9 @@ from typing import Any
 
 import torch
 
-import vnm_compile
-from benchmarks import gpu_cases, gpu_models
-from benchmarks.gpu_cases import LARGE, LEAST_SMALL, TARGETS, TOKENS, Case, relative_error
+from benchmarks import gpu_cases, gpu_check, gpu_models
+from benchmarks.gpu_cases import LARGE, LEAST_SMALL, TARGETS, TOKENS, Case
+from benchmarks.gpu_check import errors, line
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("correctness", "models", "layers", "small", "values")
@@ -41,6 +42,7 @@ class Row:
     sparse_us: float
     floor_us: float
     limit: float
+    same_values_us: float | None = None  # dense, with values quantised to as many bits
 
     @property
     def ratio(self) -> float:
@@ -65,12 +67,25 @@ class Row:
             f"{self.sparse_us:.1f}",
             f"{self.ratio:.2f}",
             _ratio(over),
+            _ratio(self.same_values_us / self.sparse_us if self.same_values_us else None),
             f"{self.limit:.2f} ({self.ratio / self.limit:.0%})",
             f"{self.floor_us / self.sparse_us:.0%}",
         )
 
 
-HEADINGS = ("case", "pattern", "T", "dense us", "2:4 us", "vnm us", "ratio", "over 2:4", "limit", "of floor")
+HEADINGS = (
+    "case",
+    "pattern",
+    "T",
+    "dense us",
+    "2:4 us",
+    "vnm us",
+    "ratio",
+    "over 2:4",
+    "over intN",
+    "limit",
+    "of floor",
+)
 
 
 def table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -121,41 +136,6 @@ def summary(rows: list[Row]) -> str:
     return table(("M", "T", "ratio", "asked", "met", "least over 2:4"), cells)
 
 
-def errors(layer: torch.nn.Linear, y: torch.Tensor, x: torch.Tensor) -> tuple[float, float, bool]:
-    """Errors against float64 of `y` and of the dense layer, and whether ours is as good.
-
-    What rounding the exact result makes is asked of nobody, as a dense kernel may be exact by luck; nor, in fp32, is an
-    order of summation: a unit in the last place, grown with the root of the number of terms, as random errors do.
-    """
-    weight = layer.weight.detach()
-    weight = weight.to_dense() if isinstance(weight, vnm_compile.VNMTensor) else weight
-    exact = x.double() @ weight.double().T
-    of_dense = torch.nn.functional.linear(x, weight)
-    ours, dense, least = (relative_error(each, exact) for each in (y, of_dense, exact.to(x.dtype)))
-    summed = 2**-24 * layer.in_features**0.5 if x.dtype == torch.float32 else 0.0
-    return ours, dense, ours <= 1.1 * max(dense, least, summed)
-
-
-def line(case: Case, ours: float, dense: float, fine: bool) -> tuple[str, ...]:
-    """A line of the table of errors."""
-    kind = str(case.dtype).removeprefix("torch.")
-    figures = f"{ours:.2e}", f"{dense:.2e}", "" if fine else "WRONG"
-    return case.name, case.stored, str(case.tokens), kind, *figures
-
-
-def check(device: torch.device) -> Iterator[tuple[str, ...]]:
-    """One line a case: the error against float64, beside that of the dense kernel of the same dtype."""
-    from benchmarks.gpu_contenders import linears, ours
-
-    for case in gpu_cases.correctness():
-        torch._dynamo.reset()
-        (layer,) = linears(case, device, 1)
-        x = torch.randn(case.tokens, case.in_features, device=device).to(case.dtype)
-        with torch.no_grad():
-            (call,) = ours([layer], x)
-            yield line(case, *errors(layer, call(), x))
-
-
 def measure(
     cases: list[Case], device: torch.device, bandwidth: float, flops: float, tuned: bool = False
 ) -> tuple[list[Row], list[tuple[str, ...]]]:
@@ -163,7 +143,7 @@ def measure(
 
     A contender that fails is left out.
     """
-    from benchmarks.gpu_contenders import SEMI_STRUCTURED, dense, linears, ours, semi_structured
+    from benchmarks.gpu_contenders import SEMI_STRUCTURED, dense, linears, ours, quantised, semi_structured
     from benchmarks.gpu_timing import seconds_of_each, sets_needed
 
     torch._dynamo.reset()
@@ -178,6 +158,8 @@ def measure(
             print(f"2:4 has no kernel for {first.name}, T = {first.tokens}: {other}", flush=True)
         else:
             calls[SEMI_STRUCTURED] = other
+        bits = {case.quantization.bits for case in cases if case.quantization}
+        calls |= {name: its for each in bits for name, its in quantised(first, x, device, few, each).items()}
         for case in cases:
             layers = linears(case, device, sets_needed(case.layout.nbytes(case.dtype), device))
             calls[case.stored] = ours(layers, x)
@@ -196,7 +178,9 @@ def measure(
         if case.stored in taken:
             floors = [1e6 * case.floor(bandwidth, flops, sparse) for sparse in (True, False)]
             figures = taken[best], best, taken.get(SEMI_STRUCTURED), taken[case.stored], floors[0]
-            rows.append(Row(case.name, case.stored, case.tokens, *figures, floors[1] / floors[0]))
+            like = f"int{case.quantization.bits}" if case.quantization else "-"
+            same = min((each for name, each in taken.items() if name.startswith(like)), default=None)
+            rows.append(Row(case.name, case.stored, case.tokens, *figures, floors[1] / floors[0], same))
     return rows, wrong
 
 
@@ -274,7 +258,7 @@ class Results:
     @property
     def wrong(self) -> bool:
         """Whether a result was."""
-        return any(each[-1] for each in (*self.checked, *self.models))
+        return any(each[-1] for each in self.checked)
 
     def keep(self) -> None:
         """Write the file."""
@@ -285,7 +269,8 @@ class Results:
     def print(self) -> None:
         """The tables."""
         if self.checked:
-            print(table(("case", "pattern", "T", "dtype", "error", "dense error", ""), self.checked))
+            print(table(gpu_check.HEADINGS, [each for each in self.checked if each[-1]]))
+            print(f"{len(self.checked)} checked, {sum(bool(each[-1]) for each in self.checked)} of them wrong")
         if self.models:
             print(table(gpu_models.HEADINGS, self.models))
         if self.rows:
@@ -293,28 +278,30 @@ class Results:
             print(summary(self.rows))
 
 
-def run(sections: list[str], out: Path, budget: float, tuned: bool = False) -> int:
-    """Measure the sections within `budget` seconds, write and print what was measured; 1 if a result is wrong."""
+def run(sections: list[str], out: Path, budget: float, tuned: bool = False, processes: int = 1) -> int:
+    """Check and measure the sections within `budget` seconds, write and print what is found; 1 if a result is wrong."""
     from benchmarks.gpu_timing import ceilings
 
     begin, device = time.monotonic(), torch.device("cuda", 0)
+    checked, failed = gpu_check.side_by_side(sections, processes)
+    print(
+        *failed, f"{len(checked)} cases compiled and checked in {time.monotonic() - begin:.0f} s", sep="\n", flush=True
+    )
     torch._dynamo.config.recompile_limit = 64
     bandwidth, flops = ceilings(device)
     name = torch.cuda.get_device_name(device)
     print(f"{name}: {bandwidth / 1e12:.2f} TB/s copy, {flops / 1e12:.0f} Tflop/s bf16", flush=True)
     results = Results(out, {"device": name, "torch": torch.__version__, "bandwidth": bandwidth, "flops": flops})
+    results.checked += checked
+    results.keep()
 
     def steps(section: str) -> Iterator[None]:
-        if section == "correctness":
-            for each in check(device):
-                results.checked.append(each)
-                yield
-        elif section == "models":
+        if section == "models":
             for each in gpu_models.run(device):
                 results.models.append(each)
                 print(*each, sep="  ", flush=True)
                 yield
-        else:
+        elif section != "correctness":  # which was checked before
             for cases in getattr(gpu_cases, section)():
                 rows, wrong = measure(cases, device, bandwidth, flops, tuned)
                 results.rows += rows
@@ -331,7 +318,7 @@ def run(sections: list[str], out: Path, budget: float, tuned: bool = False) -> i
     if results.rows:
         plot(results.rows, out / "gpu_layers.png")
     results.print()
-    return int(results.wrong)
+    return int(results.wrong or bool(failed))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -341,6 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON and plot")
     parser.add_argument("--max-autotune", action="store_true", help="also time Inductor's own choice of dense kernels")
     parser.add_argument("--seconds", type=float, default=480, help="stop measuring after so long")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that check")
     parser.add_argument("--dry-run", action="store_true", help="compile the kernels for --target, run nothing")
     parser.add_argument("--target", default="sm_90", help="of the dry run")
     parser.add_argument("--estimate", action="store_true", help="print what the static model expects of every card")
@@ -362,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU here; --dry-run compiles the kernels for one")
         return 2
-    return run(sections, options.out, options.seconds, options.max_autotune)
+    return run(sections, options.out, options.seconds, options.max_autotune, options.processes)
 
 
 if __name__ == "__main__":

@@ -81,3 +81,31 @@ def semi_structured(case: Case, x: Tensor, device: torch.device, sets: int) -> l
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return calls
+
+
+def quantised(case: Case, x: Tensor, device: torch.device, sets: int, bits: int) -> dict[str, list[Callable[[], Any]]]:
+    """torch's own kernels for dense weights of int8, or int4 in groups of 64: one call a set of random weights."""
+    out_features, in_features = case.out_features, case.in_features
+    if bits == 4:
+
+        def product() -> Callable[[], Any]:
+            packed = torch.randint(256, (out_features, in_features // 2), dtype=torch.uint8, device=device)
+            packed = torch.ops.aten._convert_weight_to_int4pack(packed, 8)
+            scales = torch.rand(in_features // 64, out_features, 2, device=device).to(case.dtype)
+            return partial(torch.ops.aten._weight_int4pack_mm, x, packed, 64, scales)
+
+        return {"int4": [product() for _ in range(sets)]}
+
+    def apply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight.to(x.dtype)) * scale
+
+    # For one token Inductor reads int8 in a kernel of its own, where it may tune; else the weight is written out first.
+    compiled = torch.compile(apply, options={"coordinate_descent_tuning": True})
+    weights = [
+        torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8, device=device) for _ in range(sets)
+    ]
+    scale = torch.rand(out_features, device=device).to(case.dtype)
+    ways: dict[str, Callable[..., Any]] = {"int8": torch.ops.aten._weight_int8pack_mm}
+    if case.tokens == 1:
+        ways["int8, compiled"] = compiled
+    return {name: [partial(way, x, weight, scale) for weight in weights] for name, way in ways.items()}

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_contenders, gpu_estimate, gpu_models, gpu_timing
+from benchmarks import gpu, gpu_cases, gpu_check, gpu_contenders, gpu_estimate, gpu_models, gpu_timing
 from benchmarks.blocks import EncoderBlock, LlamaBlock
 from benchmarks.gpu_cases import LARGE, TARGETS, TOKENS, Case
 from benchmarks.report import ROOT
@@ -45,8 +45,8 @@ def test_one_v_is_taken_for_all_tokens():
 def test_a_result_is_as_good_as_rounding_allows():
     layer = torch.nn.Linear(512, 64, bias=False)
     x = torch.randn(5, 512)
-    *_, fine = gpu.errors(layer, layer(x), x)
-    *_, off = gpu.errors(layer, layer(x) + 1e-4, x)
+    *_, fine = gpu_check.errors(layer, layer(x), x)
+    *_, off = gpu_check.errors(layer, layer(x) + 1e-4, x)
     assert fine
     assert not off
 
@@ -167,8 +167,8 @@ def test_errors_are_against_what_the_weight_is(kind):
     one, other = gpu_contenders.linears(case, torch.device("cpu"), 2)
     x = torch.randn(5, 512)
     with torch.no_grad():
-        assert gpu.errors(one, one(x), x)[-1]
-        assert not gpu.errors(one, other(x), x)[-1]
+        assert gpu_check.errors(one, one(x), x)[-1]
+        assert not gpu_check.errors(one, other(x), x)[-1]
 
 
 def test_quantised_cases_are_timed_beside_others():

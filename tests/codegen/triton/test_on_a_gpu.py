@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vnm_compile as vnm
-from benchmarks import gpu
+from benchmarks import gpu_cases, gpu_check
 from tests.support import assert_as_accurate_as_dense, make_sparse_
 from vnm_compile.codegen.measure import measure
 from vnm_compile.layout import Layout
@@ -18,7 +18,7 @@ MEMORY = {"vnm.policy": "memory"}
 
 
 def test_every_case_of_the_benchmark_is_right():
-    lines = list(gpu.check(torch.device("cuda", 0)))
+    lines = list(gpu_check.check(gpu_cases.correctness(), torch.device("cuda", 0)))
     assert lines
     assert not [line for line in lines if line[-1]]
 
