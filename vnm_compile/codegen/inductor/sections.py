@@ -26,11 +26,13 @@ _PASSING_ON = {
 
 @lowering.register_lowering(torch.ops.vnm.sections.default, type_promotion_kind=None)
 def _lower_sections(y, widths, strides):  # type: ignore[no-untyped-def]
-    """The kernel that made y has written every section in place: inside the graph nobody minds that it is strided.
+    """The kernel that makes y writes every section in place: inside the graph nobody minds that it is strided. What is
+    added to a product is added there: the readers of the sections, several, would each add it to rounded products.
 
     A caller would: he may count on the strides that eager gives, and would keep all of y alive with one section. So
     would a backward in dynamic shapes: AOTAutograd tells it strides of what is saved for it in the numbers of one call.
     """
+    y.realize()
     dynamic = any(isinstance(size, Expr) and not isinstance(size, Integer) for size in y.get_size())
     cut, last = lowering.lowerings[torch.ops.aten.slice.Tensor], len(y.get_size()) - 1
     copy = lowering.lowerings[torch.ops.aten.clone.default]
