@@ -78,6 +78,7 @@ class Job:
             **{"METADATA_STRIDE": bytes_ // 2, "METADATA_WIDTH": bytes_ // 2},
             **{"EVEN_G": layout.groups % config.block_g == 0, "TAIL": layout.tail != 0, "WORDS": "tl.int32"},
             "EMPTY_ROUND": False,
+            "PARTS": 1,
             **{"DTYPE": "tl.bfloat16", "WIDE": False, "COLUMN_BITS": 8, "PERMUTE_BYTES": True, "ALLOW_TF32": False},
         }
 

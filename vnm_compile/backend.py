@@ -30,7 +30,6 @@ from vnm_compile.codegen.inductor import check_options, compile_graph, mode_opti
 from vnm_compile.codegen.measure import measure
 from vnm_compile.contents import contents, known_storages
 from vnm_compile.errors import BadModel, VNMError, for_dynamo
-from vnm_compile.format import Packed
 from vnm_compile.options import Options, split_options
 from vnm_compile.passes import (
     FIND,
@@ -192,8 +191,7 @@ def _packed(progress: Progress) -> Prepared:
     if rewritten is None:
         return Prepared(list(progress.decisions), [], None, ())
     trace_artifact("vnm_graph", lambda: str(rewritten.gm.graph))
-    packed: list[Packed] = [dispatch.packed_arrays(progress.inputs, group) for group in rewritten.packed]
-    arrays = tuple(array for arrays in packed for array in arrays)
+    arrays = tuple(array for group in rewritten.packed for array in dispatch.packed_arrays(progress.inputs, group))
     return Prepared(list(progress.decisions), list(progress.units), rewritten, arrays)
 
 

@@ -9,7 +9,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from vnm_compile._torch import FakeTensor
 from vnm_compile.codegen.inductor import prepack_of
 from vnm_compile.contents import Place, Watch, contents, fingerprint_of, readable, version_of
 from vnm_compile.format import Packed
+from vnm_compile.layout import Layout
 from vnm_compile.passes import Decision, PackedInput
 from vnm_compile.session import session
 from vnm_compile.tensor import VNMTensor
-from vnm_compile.weights import PackStore
+from vnm_compile.weights import Kept, PackStore
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +48,42 @@ class Variant:
     call: Callable[..., Any]
 
 
-def packed_arrays(args: Sequence[Any], group: PackedInput) -> Packed:
+def packed_arrays(args: Sequence[Any], group: PackedInput) -> list[Tensor]:
     """The arrays of a packed input, for the weights among `args`."""
-    return _arrays(args, group)[0]
+    if not group.stored:
+        return [*_packed(args, group).packed]
+    return [array for i in group.indices for array in _stored(args[i])[0]]
 
 
-def _arrays(args: Sequence[Any], group: PackedInput) -> tuple[Packed, tuple[Watch, ...]]:
-    """The arrays of a packed input, and what has to stay as it is for them to be right."""
-    weights = [args[i] for i in group.indices]
-    if isinstance(weights[0], VNMTensor):  # never joined
-        kept = store.prepared(weights[0])
-        return (weights[0].packed, ()) if kept is None else (kept.packed, kept.watches)
-    return store.get(weights, group.transposed, group.names, group.spec)
+def _packed(args: Sequence[Any], group: PackedInput) -> Kept:
+    """The arrays of dense weights, joined, and what has to stay as it is for them to be right."""
+    return store.get([args[i] for i in group.indices], group.transposed, group.names, group.spec)
+
+
+def _stored(weight: VNMTensor) -> tuple[Packed, tuple[Watch, ...]]:
+    """The arrays of a compressed weight as kernels want them; where they are copies, what has to stay as it is."""
+    kept = store.prepared(weight)
+    return (weight.packed, ()) if kept is None else (kept.packed, kept.watches)
+
+
+class _Direct(NamedTuple):
+    """A compressed weight whose own arrays are taken at every call.
+
+    Attributes:
+        start: of its arrays among those of the graph.
+        position: of it among the graph's inputs.
+        layout, transposed: as the graph was compiled for.
+    """
+
+    start: int
+    position: int
+    layout: Layout
+    transposed: bool
+
+    def fits(self, weight: VNMTensor) -> bool:
+        """Whether a weight is stored, and lies the way round, as the graph was compiled for."""
+        stored = weight._checked  # once: every call asks
+        return stored.transposed == self.transposed and stored.layout == self.layout
 
 
 class _Binding:
@@ -68,21 +93,23 @@ class _Binding:
         self.variant, self.call, self.epoch = variant, variant.call, epoch
         self.used = self.dead = False
         self._arrays: list[Tensor] = []
-        self._direct: list[tuple[int, PackedInput]] = []  # compressed weights, whose arrays are taken at every call
+        self._direct: list[_Direct] = []
         inputs: dict[int, Watch] = {}  # of dense weights that are packed, by their position
         self._copied: list[tuple[int, Watch]] = []  # of compressed weights that are prepared for kernels
         for group in variant.packed:
-            arrays, watches = _arrays(args, group)
-            first = group.indices[0]
-            if not isinstance(args[first], VNMTensor):
-                inputs |= zip(group.indices, watches, strict=True)
-            elif watches:
-                self._copied += [(first, watch) for watch in watches]
-            else:
-                self._direct.append((len(self._arrays), group))
-                # They hold their arrays themselves; this must not keep them alive.
-                arrays = arrays.remade(torch.empty(0, device="cpu") for _ in arrays)
-            self._arrays += arrays
+            if not group.stored:
+                kept = _packed(args, group)
+                inputs |= zip(group.indices, kept.watches, strict=True)
+                self._arrays += kept.packed
+            for index, layout, transposed in zip(group.indices, group.stored, group.transposed, strict=False):
+                arrays, watches = _stored(args[index])
+                if watches:
+                    self._copied += [(index, watch) for watch in watches]
+                else:
+                    self._direct.append(_Direct(len(self._arrays), index, layout, transposed))
+                    # They hold their arrays themselves; this must not keep them alive.
+                    arrays = arrays.remade(torch.empty(0, device="cpu") for _ in arrays)
+                self._arrays += arrays
         self._storages = [contents.know(args[i]) for i in positions]
         self._positions, self._packed = tuple(positions), tuple(inputs)
         self._addresses = [watch.place.address for watch in inputs.values()]
@@ -110,7 +137,7 @@ class _Binding:
             return False
         if any(check.moved() for check in self._gpu_checks):
             return False
-        if self._direct and not all(_stored_alike(args[group.indices[0]], group) for _, group in self._direct):
+        if self._direct and not all(each.fits(args[each.position]) for each in self._direct):
             return False
         return not self._copied or self._copies_hold(args)
 
@@ -132,16 +159,10 @@ class _Binding:
         if not self._direct:
             return self.call(*args, *self._arrays)
         arrays = list(self._arrays)
-        for start, group in self._direct:
-            packed = args[group.indices[0]].packed
+        for start, position, *_ in self._direct:
+            packed = args[position].packed
             arrays[start : start + len(packed)] = packed
         return self.call(*args, *arrays)
-
-
-def _stored_alike(weight: VNMTensor, group: PackedInput) -> bool:
-    """Whether a compressed weight is stored, and lies the way round, as the graph was compiled for."""
-    stored = weight._checked  # once: every call asks
-    return stored.transposed == group.transposed[0] and stored.layout == group.layout
 
 
 def _gpu_checks(watches: Sequence[Watch]) -> list[Any]:
@@ -257,7 +278,7 @@ class Dispatcher:
             self._wasted = self._resting = 0
 
     def _variant(self, args: Sequence[Any], decisions: list[Decision], first: bool = False) -> Variant:
-        signature = tuple(decision.layout for decision in decisions)
+        signature = tuple((decision.layout, decision.compressed) for decision in decisions)
         variant = self._variants.get(signature)
         if variant is None:
             if not first:
@@ -271,7 +292,9 @@ class Dispatcher:
             some = next(iter(self._variants.values()), None)
             decisions = some.decisions if some is not None else self._decide(args)
             reason = "its weights were others on every call"
-            return self._variant(args, [replace(decision, layout=None, reason=reason) for decision in decisions])
+            return self._variant(
+                args, [replace(decision, layout=None, compressed=False, reason=reason) for decision in decisions]
+            )
 
     def _key(self, args: Sequence[Any]) -> tuple[tuple[int, int], ...]:
         weights = [args[i] for i in self._positions]

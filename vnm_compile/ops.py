@@ -40,7 +40,8 @@ _ops = torch.ops.vnm
 def weight_args(arrays: Sequence[Any], layout: Layout) -> tuple[Any, list[Any], str]:
     """The arrays of a weight, or their nodes in a graph, as the ops take them: `values`, `structure`, `layout`.
 
-    `values` is what the ops are differentiable in; `structure` holds the arrays that follow it in `layout.names`.
+    `values` is what the ops are differentiable in; `structure` holds the arrays that follow it in `layout.names`, and
+    then, where several weights are computed as one, the arrays of the others, one weight after the other.
     """
     values, *structure = arrays
     return values, structure, layout.text
@@ -52,8 +53,9 @@ def linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout) -> Tensor:
     Args:
         x: `[..., in_features]`, the dtype of the values.
         arrays: the canonical arrays (see `vnm_compile.format`). Rows may be further apart than they are wide; on a GPU
-            what lies between, up to a multiple of 16 bytes, must then be zeros.
-        layout: of W; the arrays are padded up to blocks.
+            what lies between, up to a multiple of 16 bytes, must then be zeros. Those of several weights, one after
+            the other, stand for the weights one above the other.
+        layout: of W, all of it; the arrays are padded up to blocks.
 
     Returns:
         `[..., out_features]`, contiguous, the dtype of x. Under autocast that is its dtype, to which x and values are
@@ -62,9 +64,21 @@ def linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout) -> Tensor:
     return _ops.linear.default(x, *weight_args(arrays, layout))
 
 
+def parts_of(arrays: Sequence[Any], layout: Layout) -> list[tuple[Any, ...]]:
+    """The arrays of each weight, of those of several one after the other."""
+    each = len(layout.names)
+    return [tuple(arrays[i : i + each]) for i in range(0, len(arrays), each)]
+
+
+def _whole(values, structure, layout):
+    """The arrays of the weight, or of several one above the other."""
+    parts = parts_of((values, *structure), layout)
+    return Packed(*(parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))))
+
+
 def _linear(x, values, structure, layout):
     layout = Layout.parse(layout)
-    packed = Packed(values, *structure)
+    packed = _whole(values, structure, layout)
     if not layout.rounds:
         return torch.nn.functional.linear(x, unpack(packed, layout)).contiguous()
     levels, step = rounded_activations(x)
@@ -88,7 +102,8 @@ def _linear_shape(x, values, structure, layout):
 
 def _linear_input_grad(grad, values, structure, layout):
     """`grad @ W`, the gradient of `vnm::linear` for x: `[..., out_features]` to `[..., in_features]`."""
-    return torch.matmul(grad, unpack(Packed(values, *structure), Layout.parse(layout))).contiguous()
+    layout = Layout.parse(layout)
+    return torch.matmul(grad, unpack(_whole(values, structure, layout), layout)).contiguous()
 
 
 def _linear_input_grad_shape(grad, values, structure, layout):
@@ -118,8 +133,8 @@ def gated_linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout, activation
 
     Args:
         x: `[..., in_features]`, the dtype of the values.
-        arrays: the canonical arrays of gate, then those of up, joined along their first dimension: `values` is
-            `[2 R, G*N]` with R the padded rows of one of the two.
+        arrays: the canonical arrays of gate, then those of up; or both joined along their first dimension: `values`
+            is `[2 R, G*N]` then, with R the padded rows of one of the two.
         layout: of one of the two weights.
         activation: a name in `vnm_compile.activations`.
 
@@ -130,7 +145,7 @@ def gated_linear(x: Tensor, arrays: Sequence[Tensor], layout: Layout, activation
 
 
 def _gated_linear(x, values, structure, layout, activation):
-    halves = [array.tensor_split(2) for array in (values, *structure)]
+    halves = [array.tensor_split(2) for array in _whole(values, structure, Layout.parse(layout))]
     gate, up = (_ops.linear.default(x, first, rest, layout) for first, *rest in zip(*halves, strict=True))
     return ACTIVATIONS[activation].eager(gate) * up
 

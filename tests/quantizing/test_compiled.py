@@ -193,7 +193,8 @@ def test_a_block_compiles_and_is_explained(values):
     assert values in explanation["down"].reason
     level = {"int8": "int8_t", "int4": "uint8_t"}[values]
     assert all(f"LevelValues<float, {level}, 32>" in kernel.source for kernel in report.sparse)
-    assert len(report.sparse) == 5  # k and v are one kernel, called twice
+    assert explanation["q"].joined == ("k", "v")
+    assert len(report.sparse) == 3  # q, k and v are one kernel, gate and up another
 
 
 def test_a_model_that_rounds_activations(tmp_path):
@@ -263,8 +264,9 @@ def test_kernels_for_gpus(values, target, tokens):
         x = torch.randn(tokens, 64).to(torch.bfloat16)
         report = vnm.inspect(block(values, torch.bfloat16), x, target=target)
     vector = tokens == 1 and target == "sm_90"
-    assert {kernel.template for kernel in report.sparse} == {"vnm_vector" if vector else "vnm_linear"}
-    assert sum(kernel.launches for kernel in report.sparse) == 6
+    gated = "vnm_gated_vector_silu" if vector else "vnm_gated_silu"
+    assert {kernel.template for kernel in report.sparse} == {"vnm_vector" if vector else "vnm_linear", gated}
+    assert sum(kernel.launches for kernel in report.sparse) == 3
     assert not [call.name for call in report.library_calls if "vnm" in call.name]
     assert {layer.decision for layer in report.explanation.layers} == {"sparse"}
     assert f"values as {values}/32" in report.explanation["down"].reason

@@ -100,7 +100,8 @@ def _as_on_a_gpu(prepared: Prepared) -> Iterator[Tensor]:
     """The packed arrays of a graph as kernels would want them there."""
     arrays = iter(prepared.arrays)
     for group in prepared.rewritten.packed if prepared.rewritten else ():
-        yield from AlignedRows().prepare(Packed(*islice(arrays, len(group.layout.names))))
+        for _ in range(group.parts):
+            yield from AlignedRows().prepare(Packed(*islice(arrays, len(group.layout.names))))
 
 
 def _kernel(generated: GeneratedKernel, graph: int, target: Target | None) -> Kernel:

@@ -14,7 +14,6 @@ from vnm_compile.activations import activation_of
 from vnm_compile.passes.effects import Effects
 from vnm_compile.passes.forms import example
 from vnm_compile.passes.plan import Decision
-from vnm_compile.tensor import VNMTensor
 
 _MULTIPLY = {operator.mul, torch.mul, "mul", "__mul__"}
 
@@ -36,18 +35,19 @@ class Unit:
     result: fx.Node | None = None
 
 
-def merge(decisions: Sequence[Decision], inputs: Sequence[Any], enabled: bool = True) -> list[Unit]:
+def merge(decisions: Sequence[Decision], enabled: bool = True) -> list[Unit]:
     """Return the units that the sparse ones of `decisions` form, in graph order.
 
     Joined are linears over one activation with one pattern, dtype and kind of bias. A unit is computed in one place:
     for siblings that of the first, for a gated pair that of the product. So nothing on the way there may write to what
-    they read or change a mode (gradients, autocast). Weights that are stored compressed stay single: to join them would
-    be to store them twice. So do, where gradients are on, gated pairs, which have no backward.
+    they read or change a mode (gradients, autocast). Where gradients are on gated pairs stay single, as they have no
+    backward, and so do weights that are stored compressed: their arrays are never joined, which would be to store them
+    twice, but handed to the op one after the other.
     """
     sparse = [decision for decision in decisions if decision.sparse]
     if not enabled:
         return [Unit("single", (decision,)) for decision in sparse]
-    joinable = [d for d in sparse if not isinstance(inputs[d.site.index], VNMTensor)]  # type: ignore[index]
+    joinable = [decision for decision in sparse if not (decision.compressed and decision.site.mode.grad)]
     if len(joinable) < 2:
         return [Unit("single", (decision,)) for decision in sparse]
     effects = Effects(joinable[0].site.node.graph)
@@ -76,7 +76,8 @@ def _gated_units(decisions: Sequence[Decision], effects: Effects) -> list[Unit]:
         up = by_node.get(other) if isinstance(other, fx.Node) else None
         if up is None or up is gate or _only_user(up.site.node) is not product:
             continue
-        if _alike(gate, up) and gate.shape == up.shape and _may_move((gate, up), product, effects):
+        same = gate.compressed and gate.site.weight is up.site.weight  # a kernel reads no array twice
+        if _alike(gate, up) and gate.shape == up.shape and not same and _may_move((gate, up), product, effects):
             units.append(Unit("gated", (gate, up), activation, product))
     return units
 
@@ -108,10 +109,11 @@ def _may_move(members: Sequence[Decision], place: fx.Node, effects: Effects) -> 
 
 
 def _alike(one: Decision, other: Decision) -> bool:
-    """Whether two linears can be one: same activation, pattern, dtype, and both or neither with a stored bias."""
+    """Whether two linears can be one: same activation, pattern, dtype and kind of weight, and both or neither with a
+    stored bias."""
 
     def traits(decision: Decision) -> tuple[Any, ...]:
-        return decision.site.x, decision.dtype, decision.site.bias is None
+        return decision.site.x, decision.dtype, decision.site.bias is None, decision.compressed
 
     assert one.layout is not None, "only sparse ones are asked about"
     assert other.layout is not None

@@ -88,7 +88,7 @@ def _plan(progress: Progress) -> Progress:
 
 
 def _merge(progress: Progress) -> Progress:
-    return replace(progress, units=merge(progress.decisions, progress.inputs, progress.options.merge))
+    return replace(progress, units=merge(progress.decisions, progress.options.merge))
 
 
 def _rewrite(progress: Progress) -> Progress:

@@ -35,6 +35,7 @@ class Decision:
         timing: what was measured, if anything was.
         only_for_gradients: an annotated layer in evaluation mode is dense only because gradients are on and its weight
             requires one.
+        compressed: its weight is stored compressed, and multiplied by as it is.
     """
 
     site: Site
@@ -46,6 +47,7 @@ class Decision:
     dtype: torch.dtype | None = None
     timing: Timing | None = None
     only_for_gradients: bool = False
+    compressed: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -123,7 +125,7 @@ def _decide(
     if isinstance(weight, VNMTensor):
         if weight._transposed != site.transposed:
             return decide(None, "stored compressed the other way round than it multiplies here; it is unpacked")
-        return decide(weight.layout_of_arrays, "stored compressed")
+        return replace(decide(weight.layout_of_arrays, "stored compressed"), compressed=True)
     spec, found = _pattern(site, weight, options, annotation)
     if spec is None:
         return decide(None, found)

@@ -23,24 +23,32 @@ from vnm_compile.spec import Spec
 
 @dataclass(frozen=True)
 class PackedInput:
-    """Further inputs of a rewritten graph: the canonical arrays of one weight, or of several joined.
+    """Further inputs of a rewritten graph: the canonical arrays of one weight, or of several.
 
     Attributes:
-        indices: positions of the dense weights among the graph's inputs; their arrays are joined along the rows.
+        indices: positions of the weights among the graph's inputs. The arrays of dense ones are joined along the rows;
+            those of weights that are stored compressed follow one another.
         transposed: for each, whether it is stored `[in_features, out_features]`.
         names: for each, the layer's name.
         layout: of the whole; joined weights are padded to whole blocks each.
+        stored: of weights that are stored compressed, the layout of each; none of dense ones.
     """
 
     indices: tuple[int, ...]
     transposed: tuple[bool, ...]
     names: tuple[str, ...]
     layout: Layout
+    stored: tuple[Layout, ...] = ()
 
     @property
     def spec(self) -> Spec:
         """The pattern of all."""
         return self.layout.spec
+
+    @property
+    def parts(self) -> int:
+        """How many times it has the arrays of its layout."""
+        return max(1, len(self.stored))
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def rewrite(gm: fx.GraphModule, units: Sequence[Unit]) -> Rewritten:
     """Return a copy of `gm` in which every unit is one `vnm` op; `gm` is left as it is.
 
     The copy takes the inputs of `gm`, the dense weights among them (unused where compressed), then for each
-    `PackedInput` its arrays (`Layout.names`). It never bakes a weight in: Dynamo shares one compiled graph
+    `PackedInput` the arrays of each part (`Layout.names`). It never bakes a weight in: Dynamo shares one compiled graph
     between modules with the same code, and caches key inputs by their metadata only.
     """
     graph, new = _copy(gm)
@@ -100,6 +108,7 @@ def _packed_input(unit: Unit) -> PackedInput:
         tuple(site.transposed for site in sites),
         tuple(member.name for member in unit.members),
         layouts[0] if alone else layouts[0].with_rows(sum(layout.rows for layout in layouts)),
+        tuple(layouts) if unit.members[0].compressed else (),
     )
 
 
@@ -108,8 +117,8 @@ def _append_placeholders(graph: fx.Graph, packed: Sequence[PackedInput]) -> list
     appended = []
     for i, group in enumerate(packed):
         nodes = []
-        for array in group.layout.names:
-            name = f"vnm_{i}_{array}"
+        of_part = [""] if group.parts == 1 else [f"_{part}" for part in range(group.parts)]
+        for name in (f"vnm_{i}{part}_{array}" for part in of_part for array in group.layout.names):
             with graph.inserting_after(last):
                 last = graph.placeholder(name)
             last._dynamo_source = constant_source(name)  # type: ignore[attr-defined]

@@ -13,19 +13,20 @@ def triton_tem_fused_gated_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS
     GROUP_T : tl.constexpr = 8
     SPLITS : tl.constexpr = 1
     SPLIT_G : tl.constexpr = 32
-    VALUES_STRIDE : tl.constexpr = 32
-    VALUES_WIDTH : tl.constexpr = 32
-    METADATA_STRIDE : tl.constexpr = 8
-    METADATA_WIDTH : tl.constexpr = 8
     EVEN_G : tl.constexpr = True
     EMPTY_ROUND : tl.constexpr = False
     TAIL : tl.constexpr = False
-    WORDS : tl.constexpr = tl.int32
     DTYPE : tl.constexpr = tl.bfloat16
     WIDE : tl.constexpr = False
     COLUMN_BITS : tl.constexpr = 8
     PERMUTE_BYTES : tl.constexpr = True
     ALLOW_TF32 : tl.constexpr = False
+    VALUES_STRIDE : tl.constexpr = 32
+    VALUES_WIDTH : tl.constexpr = 32
+    METADATA_STRIDE : tl.constexpr = 8
+    METADATA_WIDTH : tl.constexpr = 8
+    WORDS : tl.constexpr = tl.int32
+    PARTS : tl.constexpr = 1
     INDEX_DTYPE : tl.constexpr = tl.int32
     X = arg_X
     VALUES = arg_VALUES
@@ -37,7 +38,7 @@ def triton_tem_fused_gated_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS
     #    gate [BLOCK_O, 4 BLOCK_G] @ x^T [gate's kept columns, BLOCK_T] --+-- silu(gate) * up
     #    up   [BLOCK_O, 4 BLOCK_G] @ x^T [up's kept columns, BLOCK_T] ----+
     #
-    # The arrays hold all blocks of gate, then all of up, R rows each.
+    # Rows count through all blocks of gate, then all of up, R each.
     T = 48
     stride_x = 48  # tokens, rounded up so that rows are aligned
 
@@ -57,6 +58,12 @@ def triton_tem_fused_gated_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS
     values = VALUES.to(tl.pointer_type(tl.int32), bitcast=True)
     metadata = METADATA.to(tl.pointer_type(tl.uint16), bitcast=True)
     columns = COLUMNS.to(tl.pointer_type(tl.int32), bitcast=True)
+    UP_VALUES = VALUES
+    UP_METADATA = METADATA
+    UP_COLUMNS = COLUMNS
+    up_values = UP_VALUES.to(tl.pointer_type(tl.int32), bitcast=True)
+    up_metadata = UP_METADATA.to(tl.pointer_type(tl.uint16), bitcast=True)
+    up_columns = UP_COLUMNS.to(tl.pointer_type(tl.int32), bitcast=True)
 
     gate = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
     up = tl.zeros([BLOCK_O, BLOCK_T], dtype=tl.float32)
@@ -64,8 +71,8 @@ def triton_tem_fused_gated_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLUMNS
         w = weight_tile(values, metadata, rows, group, VALUES_STRIDE, METADATA_STRIDE, BLOCK_O, BLOCK_G)
         x = activation_tile(X, columns, block, group, tokens, stride_x, G, K, M, BLOCK_G)
         gate = tl.dot(w, x, gate, allow_tf32=ALLOW_TF32)
-        w = weight_tile(values, metadata, R + rows, group, VALUES_STRIDE, METADATA_STRIDE, BLOCK_O, BLOCK_G)
-        x = activation_tile(X, columns, R // V + block, group, tokens, stride_x, G, K, M, BLOCK_G)
+        w = weight_tile(up_values, up_metadata, R + rows, group, VALUES_STRIDE, METADATA_STRIDE, BLOCK_O, BLOCK_G)
+        x = activation_tile(X, up_columns, R // V + block, group, tokens, stride_x, G, K, M, BLOCK_G)
         up = tl.dot(w, x, up, allow_tf32=ALLOW_TF32)
 
     acc = silu(gate) * up

@@ -33,7 +33,7 @@ if ASTSource.__new__ is object.__new__:
 num_stages=3,
 num_warps=1,
 triton_meta={'enable_fp_fusion': True, 'signature': {'arg_X': '*bf16', 'arg_VALUES': '*bf16', 'arg_METADATA': '*u8', 'arg_COLUMNS': '*u8', 'in_ptr4': '*bf16', 'out_ptr1': '*bf16'}, 'device': DeviceProperties(type='cuda', index=0, multi_processor_count=108, cc=80, major=8, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32), 'constants': {}, 'configs': [{(0,): [['tt.divisibility', 16]], (1,): [['tt.divisibility', 16]], (2,): [['tt.divisibility', 16]], (3,): [['tt.divisibility', 16]], (4,): [['tt.divisibility', 16]], (5,): [['tt.divisibility', 16]]}]},
-inductor_meta={'kernel_name': 'triton_tem_fused_add_gelu_linear_1', 'backend_hash': '8E8BAF4C42480F9CEE9D62A35E43AE470FDD23C56A78BF59E02EECEE60E59743', 'assert_indirect_indexing': True, 'autotune_local_cache': True, 'autotune_pointwise': True, 'autotune_remote_cache': None, 'force_disable_caches': False, 'dynamic_scale_rblock': True, 'incremental_autotune': False, 'max_autotune': False, 'max_autotune_pointwise': False, 'min_split_scan_rblock': 256, 'spill_threshold': 16, 'store_cubin': False, 'deterministic': False, 'batch_invariant': False, 'force_filter_reduction_configs': False, 'mix_order_reduction_allow_multi_stages': True, 'dynamic_disable_pipelining': True, 'are_deterministic_algorithms_enabled': False, 'grid_type': 'FixedGrid', 'fixed_grid': ['_grid_0', '_grid_1', '_grid_2'], 'extra_launcher_args': ['_grid_0', '_grid_1', '_grid_2'], 'config_args': {'V': 64, 'N': 2, 'M': 8, 'O': 128, 'K': 1000, 'G': 125, 'R': 128, 'BLOCK_O': 16, 'BLOCK_T': 32, 'BLOCK_G': 32, 'GROUP_T': 8, 'SPLITS': 1, 'SPLIT_G': 128, 'VALUES_STRIDE': 256, 'VALUES_WIDTH': 256, 'METADATA_STRIDE': 32, 'METADATA_WIDTH': 32, 'EVEN_G': False, 'EMPTY_ROUND': False, 'TAIL': False, 'WORDS': 'tl.int32', 'DTYPE': 'gl.bfloat16', 'WIDE': False, 'COLUMN_BITS': 8, 'PERMUTE_BYTES': True, 'ALLOW_TF32': False, 'WARPS_O': 1, 'WARPS_T': 1, 'STAGES': 3, 'METADATA_COPY': 4}},
+inductor_meta={'kernel_name': 'triton_tem_fused_add_gelu_linear_1', 'backend_hash': '8E8BAF4C42480F9CEE9D62A35E43AE470FDD23C56A78BF59E02EECEE60E59743', 'assert_indirect_indexing': True, 'autotune_local_cache': True, 'autotune_pointwise': True, 'autotune_remote_cache': None, 'force_disable_caches': False, 'dynamic_scale_rblock': True, 'incremental_autotune': False, 'max_autotune': False, 'max_autotune_pointwise': False, 'min_split_scan_rblock': 256, 'spill_threshold': 16, 'store_cubin': False, 'deterministic': False, 'batch_invariant': False, 'force_filter_reduction_configs': False, 'mix_order_reduction_allow_multi_stages': True, 'dynamic_disable_pipelining': True, 'are_deterministic_algorithms_enabled': False, 'grid_type': 'FixedGrid', 'fixed_grid': ['_grid_0', '_grid_1', '_grid_2'], 'extra_launcher_args': ['_grid_0', '_grid_1', '_grid_2'], 'config_args': {'V': 64, 'N': 2, 'M': 8, 'O': 128, 'K': 1000, 'G': 125, 'R': 128, 'BLOCK_O': 16, 'BLOCK_T': 32, 'BLOCK_G': 32, 'GROUP_T': 8, 'SPLITS': 1, 'SPLIT_G': 128, 'EVEN_G': False, 'EMPTY_ROUND': False, 'TAIL': False, 'DTYPE': 'gl.bfloat16', 'WIDE': False, 'COLUMN_BITS': 8, 'PERMUTE_BYTES': True, 'ALLOW_TF32': False, 'VALUES_STRIDE': 256, 'VALUES_WIDTH': 256, 'METADATA_STRIDE': 32, 'METADATA_WIDTH': 32, 'WORDS': 'tl.int32', 'PARTS': 1, 'WARPS_O': 1, 'WARPS_T': 1, 'STAGES': 3, 'METADATA_COPY': 4}},
 
 )
 @gluon.jit
@@ -51,19 +51,20 @@ def triton_tem_fused_add_gelu_linear_1(arg_X, arg_VALUES, arg_METADATA, arg_COLU
     GROUP_T : tl.constexpr = 8
     SPLITS : tl.constexpr = 1
     SPLIT_G : tl.constexpr = 128
-    VALUES_STRIDE : tl.constexpr = 256
-    VALUES_WIDTH : tl.constexpr = 256
-    METADATA_STRIDE : tl.constexpr = 32
-    METADATA_WIDTH : tl.constexpr = 32
     EVEN_G : tl.constexpr = False
     EMPTY_ROUND : tl.constexpr = False
     TAIL : tl.constexpr = False
-    WORDS : tl.constexpr = tl.int32
     DTYPE : tl.constexpr = gl.bfloat16
     WIDE : tl.constexpr = False
     COLUMN_BITS : tl.constexpr = 8
     PERMUTE_BYTES : tl.constexpr = True
     ALLOW_TF32 : tl.constexpr = False
+    VALUES_STRIDE : tl.constexpr = 256
+    VALUES_WIDTH : tl.constexpr = 256
+    METADATA_STRIDE : tl.constexpr = 32
+    METADATA_WIDTH : tl.constexpr = 32
+    WORDS : tl.constexpr = tl.int32
+    PARTS : tl.constexpr = 1
     WARPS_O : tl.constexpr = 1
     WARPS_T : tl.constexpr = 1
     STAGES : tl.constexpr = 3

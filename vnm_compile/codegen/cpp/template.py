@@ -25,9 +25,9 @@ from vnm_compile.codegen.inductor import (
     view_in_2d,
 )
 from vnm_compile.layout import Layout
+from vnm_compile.ops import parts_of
 
 _FOLDER = Path(__file__).parent
-_INPUTS = ("x_buffer", "values_buffer", "metadata_buffer", "columns_buffer", "scales_buffer")
 
 
 @cache
@@ -105,7 +105,8 @@ class SparseLinearTemplate(FusingTemplate):
                 target = epilogues[-1]
                 target_2d = view_in_2d(target, result)
                 reindexers += [reindexer(node, result) for node in epilogue_nodes]
-            x, values, metadata, columns, *scales = self.input_nodes
+            x, *arrays = self.input_nodes
+            parts = [dict(zip(self.weight.names, each, strict=True)) for each in parts_of(arrays, self.weight)]
             quantization = self.weight.quantization
             return self._template_from_string(_source("linear.cpp.jinja")).render(
                 template=self,
@@ -113,11 +114,9 @@ class SparseLinearTemplate(FusingTemplate):
                 arithmetic=_arithmetic(),
                 export_declaration=export_declaration(),
                 X=x,
-                values=values,
-                metadata=metadata,
-                columns=columns,
-                scales=scales[0] if scales else None,
-                inputs=dict(zip(_INPUTS, self.input_nodes, strict=False)),
+                parts=parts,
+                inputs=dict(zip(self._names(len(parts)), self.input_nodes, strict=True)),
+                starts=self._starts([int(part["values"].get_size()[0]) for part in parts]),
                 levels="int8_t" if quantization and quantization.bits == 8 else "uint8_t",
                 rounds=self.weight.rounds,
                 value_row=self.weight.shapes[0][1],
@@ -137,6 +136,15 @@ class SparseLinearTemplate(FusingTemplate):
                 gated=self.activation is not None,
                 activation=ACTIVATIONS[self.activation].cpp if self.activation else None,
             )
+
+    def _names(self, parts: int) -> list[str]:
+        """What the kernel calls the buffers of its inputs."""
+        numbers = ["", *(f"_{part}" for part in range(1, parts))]
+        return ["x_buffer", *(f"{name}_buffer{number}" for number in numbers for name in self.weight.names)]
+
+    def _starts(self, rows: list[int]) -> list[int]:
+        """The block in which each part begins, given the rows of each."""
+        return [sum(rows[:i]) // self.weight.spec.v for i in range(len(rows))]
 
     def local_tile(self, kernel: CppTemplateKernel, name: str, sizes: list[Any]) -> Any:
         """Make a local float buffer, which the template allocates itself, known to the kernel."""

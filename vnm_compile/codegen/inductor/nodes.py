@@ -27,6 +27,7 @@ __all__ = [
     "apply_function",
     "choose",
     "choose_fastest",
+    "contiguous_copy",
     "copy_strided",
     "graph_has",
     "ir",
@@ -59,7 +60,7 @@ def readable(nodes: Sequence[Any]) -> list[Any]:
         dense = all(known_equal(size[-i], 1) or known_equal(stride[-i], expected[-i]) for i in dims)
         taken = any(node.get_name() == other.get_name() for other in results)
         if not dense or taken or V.graph.get_dtype(node.get_name()) != node.get_dtype():
-            node = ir.ExternKernel.require_contiguous(ir.ExternKernel.copy_input(node))
+            node = contiguous_copy(node)
         results.append(node)
     return results
 
@@ -159,6 +160,11 @@ def copy_strided(node: Any, stride: Sequence[Any], allocated: Sequence[Any]) -> 
 def realized(node: Any) -> Any:
     """The node with a buffer of its own, in the layout that it happens to have."""
     return ir.ExternKernel.realize_input(node)
+
+
+def contiguous_copy(node: Any) -> Any:
+    """A copy without gaps."""
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.copy_input(node))
 
 
 def graph_has(*packets: Any) -> bool:

@@ -24,7 +24,6 @@ from vnm_compile.codegen.inductor import (
     fuses_multiply_add,
     known_equal,
     layout_of,
-    realized,
     reshape,
     round_up,
     rows_in_place,
@@ -32,7 +31,6 @@ from vnm_compile.codegen.inductor import (
     size_hint,
     tunes_exhaustively,
 )
-from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.codegen.triton import self_check, sparse_cores
 from vnm_compile.codegen.triton.configs import (
     Config,
@@ -43,7 +41,8 @@ from vnm_compile.codegen.triton.configs import (
     two_passes,
     vector_configurations,
 )
-from vnm_compile.codegen.triton.prepack import SCALES_LOAD, WIDEST_LOAD
+from vnm_compile.codegen.triton.operands import NAMES, Operands
+from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
 from vnm_compile.codegen.triton.sparse_configs import SparseConfig, of_both_kinds, two_sparse_passes
 from vnm_compile.codegen.triton.templates import (
     gated_template,
@@ -62,13 +61,6 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NAMES = {
-    torch.float32: "tl.float32",
-    torch.bfloat16: "tl.bfloat16",
-    torch.float16: "tl.float16",
-    torch.int16: "tl.int16",
-    torch.int32: "tl.int32",
-}
 _FEWEST_ROWS = 16  # of a tensor core's tile
 _FEWEST_TOKENS = 16  # of a tile: rows of so many are read whole
 _MEASURED = 4  # configurations, where the user has not asked for more
@@ -123,31 +115,13 @@ class _Sparse:
         self.dtype = x.get_dtype()
         self.target: Target = device_target(x.get_device())
         self.given = _as_matrix(x)
-        values, metadata = (rows_in_place(array, WIDEST_LOAD, padded=True) for array in arrays[:2])
-        columns = rows_in_place(arrays[2], WIDEST_LOAD)
-        # Metadata is read two bytes at a time where a quad of groups has as many; levels, and scales, by the word.
-        metadata = _rows_apart(metadata, self.spec.n)
-        scales: list[Any] = []
-        if layout.quantization is not None:
-            values = _rows_apart(values, self.word.itemsize // values.get_dtype().itemsize)
-            few = rows_in_place(arrays[3], SCALES_LOAD, padded=True)
-            scales = [_rows_apart(few, SCALES_LOAD // self.dtype.itemsize)]
-        self.arrays = (values, metadata, columns, *scales)
+        self.weight = Operands(arrays, layout, self.dtype)
         self.tokens = self.given.get_size()[0]
 
     @functools.cached_property
     def x(self) -> Any:
         """The activations, K-major with aligned rows."""
         return _k_major(self.given)
-
-    @property
-    def word(self) -> torch.dtype:
-        """What values are read in: those of a group, or of quantised ones those of a quad of groups, or half of it."""
-        if self.layout.quantization is not None:
-            return torch.int16 if self.layout.quantization.bits * self.spec.n == 4 else torch.int32
-        if self.dtype.itemsize == 4:
-            return self.dtype
-        return torch.int32 if self.spec.n == 2 else torch.int16
 
     @property
     def permutes_bytes(self) -> bool:
@@ -163,13 +137,11 @@ class _Sparse:
     def has_sparse_cores(self) -> bool:
         """Whether sparse tensor cores may multiply, and do it right where that can be tried."""
         quantised = self.layout.quantization is not None  # fragments are read as they are stored: floats
-        if quantised or not sparse_cores.may_multiply(self.dtype, self.spec, self.arrays, self.target):
+        if quantised or not sparse_cores.may_multiply(self.dtype, self.spec, self.weight.first, self.target):
             return False
         key = f"{self.dtype} on {self.target.card}"
-        rows = int(self.arrays[0].get_size()[0])
-        return active_target() is not None or self_check.passes(
-            key, self.layout.with_rows(rows), self._try_sparse_cores
-        )
+        first = self.layout.with_rows(self.weight.rows[0])
+        return active_target() is not None or self_check.passes(key, first, self._try_sparse_cores)
 
     def linear(self) -> Any:
         """Node of the product, `[tokens, out_features]`; None where no configuration fits the device."""
@@ -204,22 +176,23 @@ class _Sparse:
         return two_passes(shape, self.target) or (self.has_sparse_cores and two_sparse_passes(shape, self.target))
 
     def _try_sparse_cores(self) -> tuple[torch.Tensor, Packed, torch.Tensor]:
-        """Random activations and arrays of the problem's sizes, and what sparse tensor cores make of them."""
-        rows = int(self.arrays[0].get_size()[0])
+        """Random activations and arrays of the problem's sizes, and what sparse tensor cores make of them; of several
+        weights the arrays of the first."""
+        rows = sum(self.weight.rows)
         layout = layout_of(self.x, [self.tokens, rows])
         choices: list[Any] = []
         error = self._append(choices, None, sparse_cores.SMALLEST, rows, layout)
         if error is not None:
             raise error
-        random = self._random_arrays()
-        packed = Packed(*(random[1 + i](array) for i, array in enumerate(self.arrays)))
+        made = self.weight.random(self.given.get_device())
+        operands = [make(array) for make, array in zip(made, self.weight.all, strict=True)]
         (tokens, width), (step, row) = (
             [size_hint(each) for each in of] for of in (self.x.get_size(), self.x.get_stride())
         )
-        x = torch.randn(width, row // step, device=packed.values.device).to(self.dtype).T[:tokens]
+        x = torch.randn(width, row // step, device=operands[0].device).to(self.dtype).T[:tokens]
         out = torch.empty(tokens, rows, dtype=self.dtype, device=x.device)
-        run_choice(choices[0], [x, *packed], out)
-        return x, packed, out
+        run_choice(choices[0], [x, *operands], out)
+        return x, Packed(*operands[: len(self.weight.first)]), out
 
     def _cast(self, node: Any) -> Any:
         if node.get_dtype() == self.dtype:
@@ -258,13 +231,14 @@ class _Sparse:
         errors = [self._append(choices, template, config, columns, layout, x) for config in ranked]
         if not choices:
             raise next(error for error in errors if error is not None)
-        return choose_fastest(template.name, choices, [x, *self.arrays], layout, self._random_arrays())
+        random = dict(enumerate(self.weight.random(self.given.get_device()), 1))
+        return choose_fastest(template.name, choices, [x, *self.weight.all], layout, random)
 
     def _append(
         self, choices: list[Any], template: Any, config: Config, columns: int, layout: Any, x: Any = None
     ) -> Exception | None:
         """Append a choice, or say what is the matter with it. A configuration for sparse cores has their template."""
-        inputs = [self.x if x is None else x, *self.arrays]
+        inputs = [self.x if x is None else x, *self.weight.all]
         template = sparse_cores_template() if isinstance(config, SparseConfig) else template
         error: Exception | None = template.maybe_append_choice(
             choices,
@@ -283,7 +257,6 @@ class _Sparse:
     def _constants(self, config: Config, columns: int, inputs: list[Any]) -> dict[str, Any]:
         spec, groups = self.spec, self.layout.groups
         split_groups = -(-groups // (config.splits * config.block_g)) * config.block_g
-        values_in_word = self.word.itemsize // self.arrays[0].get_dtype().itemsize
         empty_round = has_empty_round(config, self._shape(gated=False))
         told = {
             "V": spec.v,
@@ -299,51 +272,17 @@ class _Sparse:
             "GROUP_T": _PROGRAM_GROUP,
             "SPLITS": config.splits,
             "SPLIT_G": split_groups,
-            "VALUES_STRIDE": int(self.arrays[0].get_stride()[0]) // values_in_word,
-            "VALUES_WIDTH": _readable(self.arrays[0]) // values_in_word,
-            "METADATA_STRIDE": int(self.arrays[1].get_stride()[0]) // spec.n,
-            "METADATA_WIDTH": _readable(self.arrays[1]) // spec.n,
             "EVEN_G": groups % config.block_g == 0 and not empty_round,
             "EMPTY_ROUND": empty_round,
             "TAIL": self.layout.tail != 0,
-            "WORDS": None if self.word.is_floating_point else _NAMES[self.word],
-            "DTYPE": _NAMES[self.dtype],
-            "WIDE": not fits_32_bits(*_extents(inputs)),
+            "DTYPE": NAMES[self.dtype],
+            "WIDE": not fits_32_bits(inputs[0].get_size()[1] * inputs[0].get_stride()[1], *self.weight.extents()),
             "COLUMN_BITS": 8 * spec.column_dtype.itemsize,
             "PERMUTE_BYTES": self.permutes_bytes,
             "ALLOW_TF32": allows_tf32(),
-            **self._quantised_constants(),
+            **self.weight.constants(),
         }
         return told | sparse_cores.constants(config, told, spec) if isinstance(config, SparseConfig) else told
-
-    def _quantised_constants(self) -> dict[str, Any]:
-        """What templates ask for of quantised values, and only then."""
-        kind = self.layout.quantization
-        if kind is None:
-            return {}
-        return {
-            "LEVEL_BITS": kind.bits,
-            "QUAD_WORDS": kind.bits * self.spec.n * 4 // 8 // self.word.itemsize,
-            "SCALE_GROUP": kind.group or 0,  # 0: all of a row
-            "SCALES_STRIDE": int(self.arrays[3].get_stride()[0]),
-            "SCALES_WIDTH": _aligned(self.arrays[3], SCALES_LOAD),
-        }
-
-    def _random_arrays(self) -> dict[int, Any]:
-        """Valid random arrays to measure on: random columns would lie outside of the activations."""
-        rows = int(self.arrays[0].get_size()[0])
-
-        @functools.cache
-        def arrays() -> Any:
-            return random_packed(self.layout.with_rows(rows), self.dtype, self.given.get_device())
-
-        def like(position: int, buffer: Any) -> torch.Tensor:
-            size, stride = ([int(s) for s in sizes] for sizes in (buffer.get_size(), buffer.get_stride()))
-            made = torch.empty_strided(size, stride, dtype=buffer.get_dtype(), device=buffer.get_device()).zero_()
-            made[:, : arrays()[position].shape[1]] = arrays()[position]
-            return made
-
-        return {1 + i: functools.partial(like, i) for i in range(len(self.arrays))}
 
 
 def _as_matrix(x: Any) -> Any:
@@ -362,29 +301,3 @@ def _k_major(x: Any) -> Any:
     if isinstance(tokens, int | sympy.Integer):
         padded = max(padded, _FEWEST_TOKENS)
     return copy_strided(x, [1, padded], [padded, width])
-
-
-def _extents(inputs: list[Any]) -> list[Any]:
-    """Elements up to the last that a load may touch, of each array. Inductor's own check stops at the last element
-    that counts, and what a whole load brings of the padding behind it may lie beyond 32 bits."""
-    dims = (1, *[0] * (len(inputs) - 1))
-    return [each.get_size()[dim] * each.get_stride()[dim] for each, dim in zip(inputs, dims, strict=True)]
-
-
-def _rows_apart(array: Any, multiple: int) -> Any:
-    """The array itself if its rows begin at multiples of `multiple` elements; else a copy with zeros after each row."""
-    if int(array.get_stride()[0]) % multiple == 0:
-        return array
-    padding = _aligned(array) - int(array.get_size()[1])
-    return realized(apply(aten.constant_pad_nd.default, array, [0, padding], 0))
-
-
-def _readable(array: Any) -> int:
-    """Elements of a row that may be read: with the zeros of an aligned one, so that the last load is whole."""
-    aligned = _aligned(array)
-    return aligned if int(array.get_stride()[0]) >= aligned else int(array.get_size()[1])
-
-
-def _aligned(array: Any, load: int = WIDEST_LOAD) -> int:
-    """Elements of a row, rounded up to whole loads."""
-    return int(round_up(int(array.get_size()[1]), load // array.get_dtype().itemsize))

@@ -18,8 +18,8 @@ _ROWS = ("row_products", "levels")
 
 
 def source(*names: str) -> str:
-    """Templates one after the other."""
-    return "".join((_HERE / f"{name}.py.jinja").read_text() for name in names)
+    """A template and what it shares with others, one after the other."""
+    return "".join((_HERE / f"{name}.py.jinja").read_text() for name in ("operands", *names))
 
 
 def _grid(*sizes_and_meta: Any, cdiv: Any = None) -> tuple[int, int, int]:
