@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.gpu_cases import LARGE, SPECS, TARGETS, TOKENS
 from benchmarks.report import ROOT, keep
-from vnm_compile.codegen.triton.configs import Config, Shape, configurations, vector_configurations
+from vnm_compile.codegen.triton.configs import Config, Shape, configurations
 from vnm_compile.codegen.triton.sparse_configs import SparseConfig, of_both_kinds
+from vnm_compile.codegen.triton.vector_configs import vector_configurations
 from vnm_compile.hardware import CARDS, Target
 from vnm_compile.inspection.limits import estimated_seconds, least_seconds
 from vnm_compile.layout import Layout
@@ -82,7 +83,7 @@ def shape_of(layout: Layout, tokens: int) -> Shape:
 def first_config(card: Target, shape: Shape) -> Config:
     """The one that is tried first."""
     if shape.tokens == 1 and card.backend == "cuda":
-        return vector_configurations(shape)[0]
+        return vector_configurations(shape, card)[0]
     ranked = configurations(shape, card)
     return (of_both_kinds(ranked, shape, card, most=1) if card.sparse_flops else ranked)[0]
 

@@ -48,6 +48,7 @@ class Case:
         stored: how values are quantised, if they are.
         targets: that it is generated for.
         sparse: whether sparse tensor cores multiply.
+        apart: whether the arrays of each weight of a joined or gated case are handed over on their own.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     stored: str | None = None
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_120")
     sparse: bool = False
+    apart: bool = False
 
 
 @dataclass
@@ -156,8 +158,8 @@ CASES = (
     Case("one token, odd V", "48:2:32", 1, 130, 1100, _BF16),
     Case("one token, wide columns", "16:2:300", 1, 40, 1500, _FP16),
     *(
-        Case(f"one token, {size[0]} rows a tile", "64:2:8", 1, 100, 4200, _FP16, config=Config(*size, stages=1))
-        for size in ((4, 1, 128, 1), (16, 1, 256, 2), (32, 1, 256, 4))
+        Case(f"one token, {size[0]} x {size[2]}", "64:2:8", 1, 100, 4200, _FP16, config=Config(*size, stages=1))
+        for size in ((4, 1, 128, 1), (16, 1, 256, 2), (32, 1, 256, 4), (8, 1, 512, 4), (16, 1, 1024, 8))
     ),
     # Partial sums, added up by a second kernel.
     Case("split", "64:2:8", 3, 128, 4400, _BF16, targets=TARGETS),
@@ -177,6 +179,12 @@ CASES = (
     Case("block, one token", "64:2:8", 1, 96, 304, _FP16, kind="block"),
     Case("joined", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined"),
     Case("joined, one token", "32:2:8", 1, sum(_SPLITS), 136, _FP16, kind="joined"),
+    # Weights that lie apart.
+    Case("joined, apart", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined", apart=True, targets=TARGETS),
+    Case("joined, apart, int4", "32:2:8", 1, sum(_SPLITS), 136, _BF16, "joined", stored="int4/32", apart=True),
+    Case("gated, apart, int8", "64:2:8", 48, 128, 256, _BF16, kind="silu", stored="int8/64", apart=True),
+    Case("gated, apart, one token", "64:2:5", 1, 100, 1003, _FP16, kind="gelu", apart=True),
+    Case("gated, apart, split", "64:2:8", 2, 100, 4096, _FP16, kind="silu", apart=True),
     # One kernel for any number of tokens.
     Case("any number, few", "64:2:8", 17, 96, 136, _BF16, hint=4),
     Case("any number, many", "64:2:8", 101, 96, 136, _FP16, hint=70),
@@ -230,7 +238,10 @@ def build(case: Case, target: str) -> Built:
     weights = [unpack(part, layout) for part in parts]
     exact_weights = [exact_weight(part, layout) for part in parts]
     packed = [torch.cat(pair) for pair in zip(*parts, strict=True)]
-    if case.sparse:
+    if case.apart:
+        apart = parts if gated else _cut(packed, layout)
+        packed = [array for part in apart for array in AlignedRows().prepare(part)]
+    elif case.sparse:
         packed = list(AlignedRows().prepare(Packed(*packed)))
     extra = []
     if case.kind == "block":
@@ -251,13 +262,21 @@ def build(case: Case, target: str) -> Built:
         stack.enter_context(_tf32(case.tf32))
         dynamic = {0: [1]} if case.hint else None
         static = range(1, len(inputs) - (case.kind == "block"))
-        generated = generate(_graph(case, layout), sample, target, static=tuple(static), dynamic=dynamic)
+        generated = generate(_graph(case, layout, len(packed)), sample, target, static=tuple(static), dynamic=dynamic)
     templates = [each.schedule.template for each in generated.kernels if each.schedule.template]
     assert [each.startswith("vnm_sparse_cores") for each in templates] == [case.sparse]
     seen = [_as_tf32(each) if case.tf32 else each for each in (x, *weights, *extra)]
     dense = _compute(case, *seen)
     exact = _compute(case, x.double(), *exact_weights, *(each.double() for each in extra))
     return Built(generated, inputs, dense, exact)
+
+
+def _cut(packed: Sequence[Tensor], layout: Layout) -> list[Packed]:
+    """The arrays of a joined weight, those of each of its weights on their own."""
+    v = layout.spec.v
+    heights = {name: [split // v if name == "columns" else split for split in _SPLITS] for name in layout.names}
+    pieces = [array.split(heights[name]) for name, array in zip(layout.names, packed, strict=True)]
+    return [Packed(*(piece.clone() for piece in part)) for part in zip(*pieces, strict=True)]
 
 
 @contextmanager
@@ -270,7 +289,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _graph(case: Case, layout: Layout) -> GraphModule:
+def _graph(case: Case, layout: Layout, arrays: int) -> GraphModule:
     def product(x: Any, *packed: Any) -> Any:
         if case.kind in ACTIVATIONS:
             return gated_linear(x, packed, layout, case.kind)
@@ -287,7 +306,6 @@ def _graph(case: Case, layout: Layout) -> GraphModule:
         return (product(x, *packed),)
 
     function = {"block": block, "joined": joined}.get(case.kind, plain)
-    arrays = len(layout.names)
 
     def graph(x: Any, *rest: Any) -> Any:
         return function(x, rest[:arrays], *rest[arrays:])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vnm_compile.codegen.triton.configs import Config, Shape, seconds, vector_seconds
+from vnm_compile.codegen.triton.configs import Config, Shape, seconds
 from vnm_compile.codegen.triton.sparse_configs import SparseConfig, sparse_seconds
+from vnm_compile.codegen.triton.vector_configs import vector_seconds
 from vnm_compile.hardware import Target, allows_tf32
 from vnm_compile.spec import KEPT_COLUMNS
 
@@ -62,4 +63,4 @@ def estimated_seconds(config: Config, shape: Shape, target: Target) -> float:
     """The time by the model that ranks configurations."""
     if isinstance(config, SparseConfig):
         return sparse_seconds(config, shape, target)
-    return vector_seconds(shape, target) if config.is_vector else seconds(config, shape, target)
+    return vector_seconds(config, shape, target) if config.is_vector else seconds(config, shape, target)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from vnm_compile.codegen.triton.configs import Config, Shape, configurations, seconds, vector_configurations
+from vnm_compile.codegen.triton.configs import Config, Shape, configurations, seconds
+from vnm_compile.codegen.triton.vector_configs import vector_configurations
 from vnm_compile.hardware import TARGETS, find_target
 from vnm_compile.layout import Layout
 from vnm_compile.spec import Spec
@@ -74,6 +75,6 @@ def test_what_is_measured_at_compile_time_holds_a_good_one(key):
 @pytest.mark.parametrize("groups", [16, 200, 512])
 @pytest.mark.parametrize("v", [16, 24, 128])
 def test_one_token_has_configurations_for_any_pattern(groups, v):
-    found = vector_configurations(Shape(1, 240, groups, Spec(v, 2, 8), torch.bfloat16))
+    found = vector_configurations(Shape(1, 240, groups, Spec(v, 2, 8), torch.bfloat16), H200)
     assert found
     assert all(config.block_t == 1 and v % config.block_o == 0 for config in found)

@@ -13,11 +13,13 @@ from tests.support import assert_as_accurate_as_dense
 from vnm_compile.activations import ACTIVATIONS
 from vnm_compile.codegen.generate import generate
 from vnm_compile.codegen.triton import lowering
-from vnm_compile.codegen.triton.configs import Config, Shape, two_passes, vector_configurations
+from vnm_compile.codegen.triton.configs import Config, Shape, two_passes
+from vnm_compile.codegen.triton.vector_configs import vector_configurations
 from vnm_compile.format import unpack
 from vnm_compile.hardware import find_target
 from vnm_compile.layout import Layout
 from vnm_compile.ops import gated_linear
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 
@@ -35,9 +37,13 @@ def test_any_pattern_and_tail(interpreter, spec, sizes, dtype):
     expect(interpreter, generated, [x, *packed], F.linear(x, weight), F.linear(x.double(), weight.double()))
 
 
-@pytest.mark.parametrize("config", vector_configurations(Shape(1, 128, 4096, Spec(64, 2, 8), torch.float16)), ids=str)
+LONG = [Shape(1, 128, groups, Spec(64, 2, 8), torch.float16, False, Quantization(8, 64)) for groups in (500, 4096)]
+CONFIGS = {config: None for shape in LONG for config in vector_configurations(shape, find_target("sm_80"))}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_configuration(interpreter, monkeypatch, config):
-    monkeypatch.setattr(lowering, "vector_configurations", lambda shape: [config])
+    monkeypatch.setattr(lowering, "vector_configurations", lambda shape, target: [config])
     pattern, x, packed, weight = case("64:2:8", 1, 100, 4200, torch.float16)
     generated = generate(plain(pattern, 100, 4200), [x, *packed], "sm_80", static=(1, 2, 3))
     assert f"BLOCK_O : tl.constexpr = {config.block_o}" in generated.wrapper

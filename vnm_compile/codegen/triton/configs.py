@@ -145,21 +145,6 @@ def _smallest(runnable: list[Config], shape: Shape) -> list[Config]:
     return ordered[:_LAST_RESORTS]
 
 
-def vector_configurations(shape: Shape) -> list[Config]:
-    """The configurations for one token without tensor cores: a warp takes 128 groups of each of its rows.
-
-    As timed on an H200: rows of few groups want many programs, long ones many loads in a thread.
-    """
-    if shape.groups <= 128:
-        sizes = [(8, 128, 1), (4, 128, 1), (16, 128, 2), (16, 256, 2)]
-    elif shape.groups <= 256:
-        sizes = [(16, 128, 2), (8, 256, 1), (8, 256, 2), (32, 128, 4)]
-    else:
-        sizes = [(8, 256, 2), (16, 256, 4), (32, 256, 4), (8, 256, 1)]
-    found = [Config(block_o, 1, block_g, warps, stages=1) for block_o, block_g, warps in sizes]
-    return [config for config in found if config.block_o <= largest_block(shape.spec)]
-
-
 def two_passes(shape: Shape, target: Target) -> bool:
     """Whether gate and up take less time as one weight of twice the rows, and a kernel of what they make together.
 
@@ -171,7 +156,7 @@ def two_passes(shape: Shape, target: Target) -> bool:
         return False
     one, two = (seconds(found[0], each, target) for found, each in ranked)
     written_and_read = 2 * shape.tokens * 2 * shape.rows * shape.dtype.itemsize
-    return one > two + _LAUNCH_SECONDS + written_and_read / target.bandwidth
+    return one > two + LAUNCH_SECONDS + written_and_read / target.bandwidth
 
 
 def splits(shape: Shape, target: Target) -> int:
@@ -274,7 +259,7 @@ _STEP_CYCLES_DEEP = 280
 """Cycles of a step of the loop that nothing hides, by how many tiles are under way at a time."""
 _OF_BANDWIDTH = 0.69
 """Of a long copy's bandwidth, as much as weights reach that are read once."""
-_LAUNCH_SECONDS = 3.8e-6
+LAUNCH_SECONDS = 3.8e-6
 """From the end of the kernel before to the first step, and from the last step to the end."""
 _SUM_SECONDS = 2e-6
 """Of the kernel that adds partial sums up: 1.2 us, and the gap before it."""
@@ -308,13 +293,8 @@ def seconds(config: Config, shape: Shape, target: Target) -> float:
     read = config.step_bytes(shape) / target.cache_bytes
     latency = _STEP_CYCLES.get((config.stages - 1) // 2, _STEP_CYCLES_DEEP)
     step = max(resident * read, resident * weights * (multiply + expand + gather) + latency)
-    extra = _LAUNCH_SECONDS + (_SUM_SECONDS if config.splits > 1 else 0)
+    extra = LAUNCH_SECONDS + (_SUM_SECONDS if config.splits > 1 else 0)
     return extra + max(rounds * config.steps(shape) * step / target.clock, memory_seconds(shape, target))
-
-
-def vector_seconds(shape: Shape, target: Target) -> float:
-    """Estimated time of the kernels for one token: they wait for the weight."""
-    return _LAUNCH_SECONDS + memory_seconds(shape, target)
 
 
 def memory_seconds(shape: Shape, target: Target) -> float:

@@ -39,7 +39,6 @@ from vnm_compile.codegen.triton.configs import (
     has_empty_round,
     largest_block,
     two_passes,
-    vector_configurations,
 )
 from vnm_compile.codegen.triton.operands import NAMES, Operands
 from vnm_compile.codegen.triton.prepack import WIDEST_LOAD
@@ -51,6 +50,7 @@ from vnm_compile.codegen.triton.templates import (
     sparse_cores_template,
     vector_template,
 )
+from vnm_compile.codegen.triton.vector_configs import vector_configurations
 from vnm_compile.codegen.virtual_device import active_target, device_target
 from vnm_compile.format import Packed
 from vnm_compile.hardware import Target, allows_tf32
@@ -146,7 +146,7 @@ class _Sparse:
     def linear(self) -> Any:
         """Node of the product, `[tokens, out_features]`; None where no configuration fits the device."""
         if self.is_vector:
-            return self._vector(vector_template())
+            return self._vector(vector_template(), gated=False)
         ranked = self._ranked(gated=False)
         if not ranked:
             return None
@@ -155,7 +155,7 @@ class _Sparse:
     def gated(self, activation: str) -> Any:
         """Node of the gated product, `[tokens, out_features]`; None as in `linear`."""
         if self.is_vector:
-            return self._vector(gated_vector_template(activation))
+            return self._vector(gated_vector_template(activation), gated=True)
         ranked = self._ranked(gated=True)
         if not ranked:
             return None
@@ -199,9 +199,10 @@ class _Sparse:
             return node
         return apply(torch.ops.prims.convert_element_type.default, node, self.dtype)
 
-    def _vector(self, template: Any) -> Any:
+    def _vector(self, template: Any, gated: bool) -> Any:
         x = rows_in_place(self.given, self.dtype.itemsize)
-        return self._call(template, vector_configurations(self._shape(gated=False)), self.layout.out_features, x=x)
+        found = vector_configurations(self._shape(gated), self.target)
+        return self._call(template, found, self.layout.out_features, x=x)
 
     def _shape(self, gated: bool, rows: int | None = None) -> Shape:
         tokens = max(1, size_hint(self.tokens))

@@ -91,7 +91,7 @@ def two_sparse_passes(shape: Shape, target: Target) -> bool:
     if not (one and two):
         return False
     written_and_read = 2 * shape.tokens * 2 * shape.rows * shape.dtype.itemsize
-    seconds = sparse_seconds(two[0], both, target) + configs._LAUNCH_SECONDS + written_and_read / target.bandwidth
+    seconds = sparse_seconds(two[0], both, target) + configs.LAUNCH_SECONDS + written_and_read / target.bandwidth
     return seconds < configs.seconds(one[0], replace(shape, gated=True), target)
 
 
@@ -152,5 +152,5 @@ def sparse_seconds(config: SparseConfig, shape: Shape, target: Target) -> float:
     read = config.step_bytes(shape) / target.cache_bytes
     latency = configs._STEP_CYCLES.get(config.stages - 1, configs._STEP_CYCLES_DEEP)
     step = max(resident * read, resident * (max(multiply, shared) + around) + latency)
-    extra = configs._LAUNCH_SECONDS + (configs._SUM_SECONDS if config.splits > 1 else 0)
+    extra = configs.LAUNCH_SECONDS + (configs._SUM_SECONDS if config.splits > 1 else 0)
     return extra + max(rounds * config.steps(shape) * step / target.clock, configs.memory_seconds(shape, target))
