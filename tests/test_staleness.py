@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 import vnm_compile as vnm
 from tests.support import make_sparse_, random_sparse
 from vnm_compile import dispatch
+from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.contents import contents
 from vnm_compile.session import session
 
@@ -451,6 +452,49 @@ def test_compressed_weights_that_change():
     model[0].weight = nn.Parameter(vnm.compress(random_sparse(96, 64, SPEC, seed=4), SPEC), requires_grad=False)
     vnm.decompress_model(model)
     agree(model, run, x, "decompression")
+
+
+@pytest.fixture
+def kernels_that_want_copies(monkeypatch):
+    """As those of GPUs do, of arrays whose rows do not begin at whole loads."""
+    monkeypatch.setattr(dispatch.store, "_prepack_of", lambda device: AlignedRows())
+    dispatch.store.clear()
+    yield
+    dispatch.store.clear()
+
+
+@pytest.mark.usefixtures("kernels_that_want_copies")
+def test_copies_of_a_compressed_weight_that_is_used_twice():
+    layer = make_sparse_(nn.Linear(205, 205), "16:2:5").eval().requires_grad_(False)
+    vnm.compress_model(nn.Sequential(layer), "16:2:5")
+    x = torch.randn(5, 205)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: layer(layer(x).relu()), backend="vnm")
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(run(x), layer(layer(x).relu()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels_that_want_copies")
+def test_copies_of_compressed_weights_that_are_used_twice_or_joined():
+    shared, beside = (make_sparse_(nn.Linear(205, width), "16:2:5").eval() for width in (205, 80))
+    model = nn.ModuleList([shared, beside]).requires_grad_(False)
+    vnm.compress_model(model, "16:2:5")
+
+    def call(x):
+        y = shared(shared(x).relu())
+        return y, shared(y), beside(y)
+
+    x = torch.randn(5, 205)
+    torch._dynamo.reset()
+    run = torch.compile(call, backend="vnm")
+    writes = [lambda: None, lambda: shared.weight.values.mul_(2), lambda: beside.weight.values.mul_(3)]
+    with torch.no_grad():
+        for write in writes:
+            write()
+            for _ in range(2):
+                for ours, expected in zip(run(x), call(x), strict=True):
+                    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_compressed_models_move_after_compiling():

@@ -95,7 +95,7 @@ class _Binding:
         self._arrays: list[Tensor] = []
         self._direct: list[_Direct] = []
         inputs: dict[int, Watch] = {}  # of dense weights that are packed, by their position
-        self._copied: list[tuple[int, Watch]] = []  # of compressed weights that are prepared for kernels
+        self._copied: dict[int, tuple[Watch, ...]] = {}  # of compressed weights that are prepared for kernels, likewise
         for group in variant.packed:
             if not group.stored:
                 kept = _packed(args, group)
@@ -104,7 +104,7 @@ class _Binding:
             for index, layout, transposed in zip(group.indices, group.stored, group.transposed, strict=False):
                 arrays, watches = _stored(args[index])
                 if watches:
-                    self._copied += [(index, watch) for watch in watches]
+                    self._copied[index] = watches
                 else:
                     self._direct.append(_Direct(len(self._arrays), index, layout, transposed))
                     # They hold their arrays themselves; this must not keep them alive.
@@ -119,7 +119,8 @@ class _Binding:
         self._samples = array("Q", [value for watch in on_cpu for value in watch.samples])
         self._gpu_checks = _gpu_checks([*inputs.values()])
         self._fingerprint = sum(watch.fingerprint for watch in inputs.values()) % 2**64
-        self.storages = {*self._storages, *(watch.place.storage for _, watch in self._copied)}
+        copied = (watch.place.storage for watches in self._copied.values() for watch in watches)
+        self.storages = {*self._storages, *copied}
 
     def fresh(self, args: Sequence[Any]) -> bool:
         """Whether `args` hold these weights, as they were. Every call asks."""
@@ -147,11 +148,10 @@ class _Binding:
             contents.suspect(self._storages)
 
     def _copies_hold(self, args: Sequence[Any]) -> bool:
-        arrays = [array for i in dict.fromkeys(i for i, _ in self._copied) for array in args[i].packed]
-        seen = [watch for _, watch in self._copied]
         return all(
             watch.place == Place.of(array) and watch.version == version_of(array)
-            for watch, array in zip(seen, arrays, strict=True)
+            for position, watches in self._copied.items()
+            for watch, array in zip(watches, args[position].packed, strict=True)
         )
 
     def run(self, args: Sequence[Any]) -> Any:
