@@ -152,6 +152,7 @@ def choices(found: list[Point]) -> str:
     for device, name in (("cpu", "this CPU"), ("h200", "an H200 (estimated)")):
         picked = [(speedup, choose(found, device, speedup)) for speedup in SPEEDUPS]
         each = [f"{speedup:g}x: {it.spec} {it.values} ({it.similarity:.3f})" for speedup, it in picked if it]
+        each += [f"{speedup:g}x: none" for speedup, it in picked if not it]
         told.append(f"On {name}, the geometric mean over tokens: " + "; ".join(each) + ".")
     return "\n\n".join(told)
 

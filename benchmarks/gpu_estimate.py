@@ -83,7 +83,7 @@ def shape_of(layout: Layout, tokens: int) -> Shape:
 def first_config(card: Target, shape: Shape) -> Config:
     """The one that is tried first."""
     if shape.tokens == 1 and card.backend == "cuda":
-        return vector_configurations(shape, card)[0]
+        return vector_configurations(shape)[0]
     ranked = configurations(shape, card)
     return (of_both_kinds(ranked, shape, card, most=1) if card.sparse_flops else ranked)[0]
 

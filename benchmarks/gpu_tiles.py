@@ -129,7 +129,7 @@ def jobs(specs: tuple[str, ...] = SPECS) -> Iterator[Job]:
                 if splits(shape, target) > 1:
                     for parts in (1, 2, 4, 8):
                         found += [Config(*astuple(each)[:5], parts) for each in found[:3]]  # type: ignore[misc]
-                found += vector_configurations(shape, target) if tokens == 1 else []
+                found += vector_configurations(shape) if tokens == 1 else []
                 for config in dict.fromkeys(found):
                     yield Job(spec, out_features, in_features, tokens, config)
 

@@ -57,6 +57,10 @@ class Layout:
     def __str__(self) -> str:
         return self.text
 
+    def __deepcopy__(self, memo: object) -> Layout:
+        """Itself: nobody can change it, and what is the same is compared fastest."""
+        return self
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the arrays, in order; the first one holds what the weight is a linear function of."""

@@ -265,7 +265,7 @@ class VNMTensor(Tensor):
             self._is_param = True
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return list(self.layout_of_arrays.names), (self.layout_of_arrays, self._transposed)
+        return [*self._checked.layout.names], self._checked[1:]  # guards of compiled code ask at every call
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> VNMTensor:
@@ -292,15 +292,15 @@ class _Array:
     """An attribute of a VNMTensor: one of its arrays, by its name."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._name, self._place = name, ARRAYS.index(name)  # a layout has the first of them
 
     def __get__(self, weight: VNMTensor | None, owner: type) -> Any:
         if weight is None:
             return self
-        stored = weight._checked
-        if self._name not in stored.layout.names:
-            raise AttributeError(f"a weight stored as {stored.layout} has no {self._name}")
-        return stored.packed[stored.layout.names.index(self._name)]
+        packed, layout, _ = weight._checked
+        if self._place >= len(packed):
+            raise AttributeError(f"a weight stored as {layout} has no {self._name}")
+        return packed[self._place]
 
     def __set__(self, weight: VNMTensor, array: Tensor) -> None:
         weight._set(self._name, array)

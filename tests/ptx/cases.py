@@ -158,8 +158,8 @@ CASES = (
     Case("one token, odd V", "48:2:32", 1, 130, 1100, _BF16),
     Case("one token, wide columns", "16:2:300", 1, 40, 1500, _FP16),
     *(
-        Case(f"one token, {size[0]} x {size[2]}", "64:2:8", 1, 100, 4200, _FP16, config=Config(*size, stages=1))
-        for size in ((4, 1, 128, 1), (16, 1, 256, 2), (32, 1, 256, 4), (8, 1, 512, 4), (16, 1, 1024, 8))
+        Case(f"one token, {size[0]} rows a tile", "64:2:8", 1, 100, 4200, _FP16, config=Config(*size, stages=1))
+        for size in ((4, 1, 128, 1), (16, 1, 256, 2), (32, 1, 256, 4))
     ),
     # Partial sums, added up by a second kernel.
     Case("split", "64:2:8", 3, 128, 4400, _BF16, targets=TARGETS),
@@ -179,12 +179,6 @@ CASES = (
     Case("block, one token", "64:2:8", 1, 96, 304, _FP16, kind="block"),
     Case("joined", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined"),
     Case("joined, one token", "32:2:8", 1, sum(_SPLITS), 136, _FP16, kind="joined"),
-    # Weights that lie apart.
-    Case("joined, apart", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined", apart=True, targets=TARGETS),
-    Case("joined, apart, int4", "32:2:8", 1, sum(_SPLITS), 136, _BF16, "joined", stored="int4/32", apart=True),
-    Case("gated, apart, int8", "64:2:8", 48, 128, 256, _BF16, kind="silu", stored="int8/64", apart=True),
-    Case("gated, apart, one token", "64:2:5", 1, 100, 1003, _FP16, kind="gelu", apart=True),
-    Case("gated, apart, split", "64:2:8", 2, 100, 4096, _FP16, kind="silu", apart=True),
     # One kernel for any number of tokens.
     Case("any number, few", "64:2:8", 17, 96, 136, _BF16, hint=4),
     Case("any number, many", "64:2:8", 101, 96, 136, _FP16, hint=70),
@@ -212,6 +206,15 @@ CASES = (
     Case("int4, joined", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined", stored="int4/32"),
     Case("int8, any number", "64:2:8", 17, 96, 136, _BF16, hint=4, stored="int8/64"),
     *SPARSE,
+    # Weights that lie apart.
+    Case("joined, apart", "32:2:8", 21, sum(_SPLITS), 136, _BF16, kind="joined", apart=True, targets=TARGETS),
+    Case("joined, apart, int4", "32:2:8", 1, sum(_SPLITS), 136, _BF16, "joined", stored="int4/32", apart=True),
+    Case("gated, apart, int8", "64:2:8", 48, 128, 256, _BF16, kind="silu", stored="int8/64", apart=True),
+    Case("gated, apart, one token", "64:2:5", 1, 100, 1003, _FP16, kind="gelu", apart=True),
+    Case("gated, apart, split", "64:2:8", 2, 100, 4096, _FP16, kind="silu", apart=True),
+    # Long rounds of one token.
+    Case("one token, 512 groups", "64:2:8", 1, 100, 4200, _BF16, config=Config(8, 1, 512, 4, 1), targets=TARGETS),
+    Case("int4, 1024 groups", "64:2:8", 1, 100, 9000, _BF16, config=Config(16, 1, 1024, 8, 1), stored="int4/64"),
 )  # fmt: skip
 HUNTED = (
     "small groups",

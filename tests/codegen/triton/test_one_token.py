@@ -38,12 +38,12 @@ def test_any_pattern_and_tail(interpreter, spec, sizes, dtype):
 
 
 LONG = [Shape(1, 128, groups, Spec(64, 2, 8), torch.float16, False, Quantization(8, 64)) for groups in (500, 4096)]
-CONFIGS = {config: None for shape in LONG for config in vector_configurations(shape, find_target("sm_80"))}
+CONFIGS = {config: None for shape in LONG for config in vector_configurations(shape)}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_configuration(interpreter, monkeypatch, config):
-    monkeypatch.setattr(lowering, "vector_configurations", lambda shape, target: [config])
+    monkeypatch.setattr(lowering, "vector_configurations", lambda shape: [config])
     pattern, x, packed, weight = case("64:2:8", 1, 100, 4200, torch.float16)
     generated = generate(plain(pattern, 100, 4200), [x, *packed], "sm_80", static=(1, 2, 3))
     assert f"BLOCK_O : tl.constexpr = {config.block_o}" in generated.wrapper

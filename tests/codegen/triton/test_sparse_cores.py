@@ -17,6 +17,7 @@ from vnm_compile.codegen.generate import GeneratedKernel, generate
 from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.codegen.triton import lowering, self_check
 from vnm_compile.codegen.triton.configs import Shape
+from vnm_compile.codegen.triton.operands import Operands
 from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.codegen.triton.sparse_configs import SparseConfig, sparse_configurations
 from vnm_compile.codegen.virtual_device import virtual_device
@@ -267,7 +268,7 @@ def test_a_device_is_checked_before_its_sparse_cores_are_used(right, monkeypatch
     monkeypatch.setattr(self_check, "_known", {})
     monkeypatch.setattr(lowering, "active_target", lambda: None)
     monkeypatch.setattr(lowering, "run_choice", run_choice)
-    monkeypatch.setattr(lowering._Sparse, "_random_arrays", lambda self: dict(enumerate(stored, 1)))
+    monkeypatch.setattr(Operands, "random", lambda self, device: stored)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         kernel = generated_with(torch.relu)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vnm_compile.codegen.cpp.template import SparseLinearTemplate
-from vnm_compile.codegen.inductor import choose, cpu_threads, matrix_layout, readable, reshape
+from vnm_compile.codegen.inductor import choose, cpu_threads, is_number, matrix_layout, readable, reshape
 from vnm_compile.layout import Layout
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +31,9 @@ def lacking(layout: Layout, dtype: torch.dtype) -> str | None:
 
 def _lower(x: Any, arrays: list[Any], layout: Layout, activation: str | None) -> Any:
     same = layout.weight_dtype([array.get_dtype() for array in arrays]) == x.get_dtype()
-    if not same or lacking(layout, x.get_dtype()) is not None:
+    # Where each of several weights begins is written into the kernel.
+    known = len(arrays) == len(layout.names) or all(is_number(array.get_size()[0]) for array in arrays)
+    if not same or lacking(layout, x.get_dtype()) is not None or not known:
         return None
     *leading, _ = x.get_size()
     inputs = readable([reshape(x, [prod(leading), layout.in_features]), *arrays])

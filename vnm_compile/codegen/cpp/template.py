@@ -116,7 +116,7 @@ class SparseLinearTemplate(FusingTemplate):
                 X=x,
                 parts=parts,
                 inputs=dict(zip(self._names(len(parts)), self.input_nodes, strict=True)),
-                starts=self._starts([int(part["values"].get_size()[0]) for part in parts]),
+                starts=self._starts(parts),
                 levels="int8_t" if quantization and quantization.bits == 8 else "uint8_t",
                 rounds=self.weight.rounds,
                 value_row=self.weight.shapes[0][1],
@@ -142,9 +142,9 @@ class SparseLinearTemplate(FusingTemplate):
         numbers = ["", *(f"_{part}" for part in range(1, parts))]
         return ["x_buffer", *(f"{name}_buffer{number}" for number in numbers for name in self.weight.names)]
 
-    def _starts(self, rows: list[int]) -> list[int]:
-        """The block in which each part begins, given the rows of each."""
-        return [sum(rows[:i]) // self.weight.spec.v for i in range(len(rows))]
+    def _starts(self, parts: list[dict[str, Any]]) -> list[int]:
+        """The block in which each weight begins; of one alone the number of rows may be a symbol."""
+        return [sum(int(part["columns"].get_size()[0]) for part in parts[:i]) for i in range(len(parts))]
 
     def local_tile(self, kernel: CppTemplateKernel, name: str, sizes: list[Any]) -> Any:
         """Make a local float buffer, which the template allocates itself, known to the kernel."""

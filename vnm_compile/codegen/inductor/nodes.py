@@ -31,6 +31,7 @@ __all__ = [
     "copy_strided",
     "graph_has",
     "ir",
+    "is_number",
     "known_equal",
     "layout_of",
     "matrix_layout",
@@ -124,9 +125,14 @@ def _own_origins() -> Any:
     return patch.object(ir.IRNode, "_current_origins", OrderedSet([V.graph.current_node]))
 
 
+def is_number(size: Any) -> bool:
+    """Whether a size is no symbol."""
+    return isinstance(size, int | sympy.Integer)
+
+
 def size_hint(size: Any) -> int:
     """A size as a number; of a symbolic one the value it was traced with, without a guard."""
-    if isinstance(size, int | sympy.Integer):
+    if is_number(size):
         return int(size)
     return int(V.graph.sizevars.optimization_hint(size))
 

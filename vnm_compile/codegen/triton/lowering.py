@@ -201,7 +201,7 @@ class _Sparse:
 
     def _vector(self, template: Any, gated: bool) -> Any:
         x = rows_in_place(self.given, self.dtype.itemsize)
-        found = vector_configurations(self._shape(gated), self.target)
+        found = vector_configurations(self._shape(gated))
         return self._call(template, found, self.layout.out_features, x=x)
 
     def _shape(self, gated: bool, rows: int | None = None) -> Shape:

@@ -15,26 +15,32 @@ _WARP_CYCLES = 46
 """Of a multiprocessor, for a warp's 128 groups of a row, whatever their values are stored as."""
 
 
-def vector_configurations(shape: Shape, target: Target) -> list[Config]:
-    """The configurations that suit a problem, best first.
+def vector_configurations(shape: Shape) -> list[Config]:
+    """The configurations that suit a problem: as they were timed, best first, then those of which no time is known.
 
     Rows of few groups want many programs, long ones many groups in a round: so many warps side by side along them.
     Quantised values leave registers for more rows in a thread, which share the activations that it has gathered.
     """
-    quantised = shape.quantization is not None
     if shape.groups <= 128:
         sizes = [(8, 128, 1), (4, 128, 1), (16, 128, 2), (16, 256, 2)]
     elif shape.groups <= 256:
         sizes = [(16, 128, 2), (8, 256, 1), (8, 256, 2), (32, 128, 4)]
     elif shape.groups <= 512:
-        sizes = [(8, 256, 2), (16, 256, 4), (32, 256, 4), (8, 256, 1), (8, 512, 4)]
+        sizes = [(8, 256, 2), (16, 256, 4), (32, 256, 4), (8, 256, 1)]
     else:
-        sizes = [(8, 256, 2), (16, 256, 4), (32, 256, 4), (8, 512, 4), (8, 1024, 8)]
-    if quantised:
-        sizes += [(16, 256, 2)] if shape.groups <= 512 else [(16, 512, 4), (16, 1024, 8)]
-    found = dict.fromkeys(Config(block_o, 1, block_g, warps, stages=1) for block_o, block_g, warps in sizes)
-    fitting = [config for config in found if config.block_o <= largest_block(shape.spec)]
-    return sorted(fitting, key=lambda config: vector_seconds(config, shape, target))
+        sizes = [(8, 256, 2), (16, 256, 4), (32, 256, 4)]
+    untimed = [] if shape.groups <= 256 else [(8, 512, 4)] if shape.groups <= 512 else [(8, 512, 4), (8, 1024, 8)]
+    if shape.quantization is not None:
+        untimed += [(16, 256, 2)] if shape.groups <= 512 else [(16, 512, 4), (16, 1024, 8)]
+    known, unknown = (
+        [
+            Config(block_o, 1, block_g, warps, 1)
+            for block_o, block_g, warps in each
+            if block_o <= largest_block(shape.spec)
+        ]
+        for each in (sizes, untimed)
+    )
+    return [*known, *(config for config in unknown if config not in known)]
 
 
 def vector_seconds(config: Config, shape: Shape, target: Target) -> float:
