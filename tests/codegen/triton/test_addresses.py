@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.codegen.triton.cases import case, plain
-from tests.support import assert_as_accurate_as_dense
+from tests.codegen.triton.cases import arrays, case, dense_layer, exact_weight, expect, plain, traced
+from tests.support import assert_as_accurate_as_dense, with_slow
 from vnm_compile.codegen.generate import Generated, GeneratedKernel, generate
 from vnm_compile.codegen.triton.prepack import AlignedRows
 from vnm_compile.codegen.virtual_device import virtual_device
-from vnm_compile.format import Packed
+from vnm_compile.format import Packed, unpack
 from vnm_compile.hardware import find_target
 from vnm_compile.inspection.machine_code import MachineCode, compile_kernel
+from vnm_compile.layout import Layout
+from vnm_compile.ops import linear
+from vnm_compile.quantization import Quantization
 from vnm_compile.spec import Spec
 
 SPEC = Spec(16, 2, 8)
@@ -211,3 +214,23 @@ def test_no_product_of_sizes_is_narrower_than_the_index(splits):
         if "i32" in kind
     ]
     assert set(narrow) <= {"8", "4", "2", "16"}, narrow
+
+
+@pytest.mark.parametrize("tokens", with_slow([1, 3], [3]))
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("stored", with_slow([None, "int8/64", "int4/row"], [None, "int4/row"]))
+def test_long_rows_that_are_computed_in_the_graph(interpreter, stored, cast, tokens):
+    """Padded to whole loads, or cast from another dtype: Inductor gives rows of 1024 elements and more other strides
+    than they have when a kernel is told of them, unless it is kept from it."""
+    layout = Layout(Spec(16, 2, 5), 32, 10247, Quantization.parse(stored) if stored else None)
+    packed = arrays(32, 10247, layout.spec, torch.bfloat16, stored=layout.quantization)
+    x = torch.randn(1, tokens, 10247).bfloat16()
+    typed = layout.names.index(layout.typed)
+    given = packed.replaced(typed, packed[typed].float()) if cast else packed
+
+    def graph(x: Any, *given: Any) -> Any:
+        return linear(x, [each.to(torch.bfloat16) if i == typed else each for i, each in enumerate(given)], layout)
+
+    generated = generate(traced(graph, 1 + len(given)), [x, *given], "sm_90", static=tuple(range(1, 1 + len(given))))
+    exact, dense = exact_weight(packed, layout), unpack(packed, layout)
+    expect(interpreter, generated, [x, *given], dense_layer(x, dense), x.double() @ exact.T)

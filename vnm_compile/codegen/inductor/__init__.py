@@ -41,6 +41,7 @@ from vnm_compile.codegen.inductor.nodes import (
     run_choice,
     size_hint,
     tunes_exhaustively,
+    with_these_strides,
 )
 from vnm_compile.codegen.inductor.registry import Kernels, has_lowering, prepack_of, register_kernels, why_no_kernel
 
@@ -94,4 +95,5 @@ __all__ = [
     "view_in_2d",
     "watch_codegen",
     "why_no_kernel",
+    "with_these_strides",
 ]

@@ -11,14 +11,14 @@ from torch._inductor.codegen.triton import TritonScheduling
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
-from vnm_compile.codegen.inductor.nodes import realized, round_up
+from vnm_compile.codegen.inductor.nodes import round_up, with_these_strides
 
 
 def rows_in_place(node: Any, alignment: int, padded: bool = False) -> Any:
     """The node with a buffer that begins at a multiple of `alignment` bytes and holds row after row without gaps, or,
     where `padded`, each row rounded up to `alignment`. What lies otherwise (a view of something larger) is copied:
     kernels read words wider than an element. A row is what lies behind the first dimension."""
-    node = realized(node)
+    node = with_these_strides(node)
     itemsize = node.get_dtype().itemsize
     (rows, *size), (step, *stride) = node.get_size(), node.get_stride()
     known = V.graph.sizevars

@@ -42,6 +42,7 @@ __all__ = [
     "run_choice",
     "size_hint",
     "tunes_exhaustively",
+    "with_these_strides",
 ]
 
 
@@ -166,6 +167,18 @@ def copy_strided(node: Any, stride: Sequence[Any], allocated: Sequence[Any]) -> 
 def realized(node: Any) -> Any:
     """The node with a buffer of its own, in the layout that it happens to have."""
     return ir.ExternKernel.realize_input(node)
+
+
+def with_these_strides(node: Any) -> Any:
+    """The node with a buffer of its own, whose strides stay what they are: Inductor pads those of what it computes,
+    from rows of 1024 elements on, after lowering it, and a kernel has been told of them by then."""
+    node = realized(node)
+    buffer = node
+    while isinstance(buffer, ir.MutableBox):
+        buffer = buffer.data
+    if isinstance(buffer, ir.Buffer) and isinstance(buffer.get_layout(), ir.FlexibleLayout):
+        buffer.freeze_layout_with_exact_strides(buffer.get_stride())
+    return node
 
 
 def contiguous_copy(node: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vnm_compile.codegen.inductor import apply, contiguous_copy, realized, round_up, rows_in_place
+from vnm_compile.codegen.inductor import apply, contiguous_copy, round_up, rows_in_place, with_these_strides
 from vnm_compile.codegen.random_arrays import random_packed
 from vnm_compile.codegen.triton.prepack import SCALES_LOAD, WIDEST_LOAD
 from vnm_compile.layout import Layout
@@ -142,7 +142,7 @@ def _alike(arrays: Sequence[Any], first: Sequence[Any]) -> tuple[Any, ...]:
         missing = wanted - int(array.get_size()[1])
         if missing == 0:
             return contiguous_copy(array)
-        return realized(apply(aten.constant_pad_nd.default, array, [0, missing], 0))
+        return with_these_strides(apply(aten.constant_pad_nd.default, array, [0, missing], 0))
 
     return tuple(map(alike, arrays, first))
 
@@ -156,7 +156,7 @@ def _rows_apart(array: Any, multiple: int) -> Any:
     if _row_stride(array) % multiple == 0:
         return array
     padding = _aligned(array) - int(array.get_size()[1])
-    return realized(apply(aten.constant_pad_nd.default, array, [0, padding], 0))
+    return with_these_strides(apply(aten.constant_pad_nd.default, array, [0, padding], 0))
 
 
 def _readable(array: Any) -> int:
