@@ -38,8 +38,8 @@ def block(dtype: torch.dtype = torch.bfloat16, spec: str = "64:2:8") -> nn.Modul
     return make_sparse_(Block(), spec).to(DEVICE, dtype).eval().requires_grad_(False)
 
 
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend=backend, options=MEMORY, **options)
+def compiled(model: nn.Module, mode: str | None = None, **options: Any) -> Any:
+    return torch.compile(model, backend=backend, mode=mode, options=None if mode else MEMORY, **options)
 
 
 def judge(model: nn.Module, actual: Tensor, x: Tensor, slack: float = 1.1) -> None:
@@ -79,7 +79,7 @@ def test_activations_as_models_have_them(dtype):
 @pytest.mark.parametrize("tokens", [1, 9, 700])
 def test_recorded_in_graphs(spec, tokens):
     model = block(spec=spec)
-    run = torch.compile(model, backend=backend, mode="reduce-overhead")
+    run = compiled(model, "reduce-overhead")
     for seed in range(4):
         torch.manual_seed(seed)
         x = torch.randn(tokens, 512, device=DEVICE).bfloat16()
@@ -89,7 +89,7 @@ def test_recorded_in_graphs(spec, tokens):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_writes_that_are_counted_are_seen_at_once(mode):
     model = block()
-    run = torch.compile(model, backend=backend, mode=mode, options=None if mode else MEMORY)
+    run = compiled(model, mode)
     x = torch.randn(9, 512, device=DEVICE).bfloat16()
     for _ in range(3):
         judge(model, run(x).clone(), x)
@@ -112,7 +112,7 @@ def test_writes_that_are_counted_are_seen_at_once(mode):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_writes_that_are_not_counted_are_seen_a_call_late(mode):
     model = block()
-    run = torch.compile(model, backend=backend, mode=mode, options=None if mode else MEMORY)
+    run = compiled(model, mode)
     x = torch.randn(9, 512, device=DEVICE).bfloat16()
     for _ in range(3):
         run(x)

@@ -139,10 +139,7 @@ def _alike(arrays: Sequence[Any], first: Sequence[Any]) -> tuple[Any, ...]:
         wanted = _row_stride(other)
         if _row_stride(array) == wanted:
             return array
-        missing = wanted - int(array.get_size()[1])
-        if missing == 0:
-            return contiguous_copy(array)
-        return with_these_strides(apply(aten.constant_pad_nd.default, array, [0, missing], 0))
+        return contiguous_copy(array) if int(array.get_size()[1]) == wanted else _widened(array, wanted)
 
     return tuple(map(alike, arrays, first))
 
@@ -153,10 +150,13 @@ def _row_stride(array: Any) -> int:
 
 def _rows_apart(array: Any, multiple: int) -> Any:
     """The array itself if its rows begin at multiples of `multiple` elements; else a copy with zeros after each row."""
-    if _row_stride(array) % multiple == 0:
-        return array
-    padding = _aligned(array) - int(array.get_size()[1])
-    return with_these_strides(apply(aten.constant_pad_nd.default, array, [0, padding], 0))
+    return array if _row_stride(array) % multiple == 0 else _widened(array, _aligned(array))
+
+
+def _widened(array: Any, width: int) -> Any:
+    """A copy with zeros behind each row."""
+    missing = width - int(array.get_size()[1])
+    return with_these_strides(apply(aten.constant_pad_nd.default, array, [0, missing], 0))
 
 
 def _readable(array: Any) -> int:
